@@ -1,0 +1,105 @@
+"""One door to the networks: small ones of our own for digits and CIFAR, any timm model by name.
+
+A backbone maps images to embeddings of a wanted width: `build("convnet", dim=64, width=16)`. Outputs are raw; whether
+they are normalised is the head's and the protocol's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.errors import UserError, unknown
+
+
+class ConvNet(nn.Module):
+    """Four 3x3 convolutions (width, 2x, 4x, 8x), global average pooling, one linear map to `dim`.
+
+    Made for 8 to 32 px: pools by 2 after each of the first `pools` convolutions.
+    """
+
+    def __init__(self, dim: int, width: int = 16, channels: int = 3, pools: int = 2):
+        super().__init__()
+        widths = [channels, width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2)] if i < pools else []
+        self.features = nn.Sequential(*layers)
+        self.project = nn.Linear(widths[-1], dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.project(x.mean((2, 3)))  # (B, 8w, h, w) -> (B, 8w) -> (B, dim)
+
+
+class ConvViT(nn.Module):
+    """A small pre-norm vision transformer behind a convolutional stem; the mean token is mapped to `dim`.
+
+    The stem halves the image `stem` times, one convolution each (Xiao et al. 2021, "Early convolutions help
+    transformers see better": patchify stems of small ViTs train badly in few epochs).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 96,
+        depth: int = 3,
+        heads: int = 3,
+        stem: int = 2,
+        size: int = 16,
+        channels: int = 3,
+    ):
+        super().__init__()
+        widths = [channels, *[width >> (stem - 1 - i) for i in range(stem)]]
+        layers: list[nn.Module] = []
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.stem = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+        tokens = (size >> stem) ** 2
+        self.position = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.project = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, width, h, w)
+        x = x.flatten(2).transpose(1, 2) + self.position  # (B, h*w, width)
+        return self.project(self.blocks(x).mean(1))  # (B, dim)
+
+
+OWN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "convvit": ConvViT}
+
+
+def build(name: str, dim: int, **args: object) -> nn.Module:
+    """A backbone (B, C, H, W) -> (B, dim): one of `OWN`, or `timm/<model>` with timm's own arguments.
+
+    Raises:
+        UserError: unknown name, with the nearest ones, or an argument that the backbone does not take.
+    """
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"), dim, args)
+    if name not in OWN:
+        raise unknown("backbone", name, [*OWN, "timm/<model>"])
+    known = set(inspect.signature(OWN[name]).parameters) - {"dim"}
+    for key in args:
+        if key not in known:
+            raise unknown(f"argument of backbone {name}", key, known)
+    return OWN[name](dim, **args)
+
+
+def _timm(model: str, dim: int, args: dict) -> nn.Module:
+    import timm
+
+    if not timm.is_model(model):
+        raise unknown("timm model", model, difflib.get_close_matches(model, timm.list_models(), n=5, cutoff=0.3))
+    try:
+        return timm.create_model(model, num_classes=dim, **args)  # timm's classifier is the linear map to `dim`
+    except TypeError as error:
+        raise UserError(f"timm/{model}: {error}") from None

@@ -1,0 +1,110 @@
+"""Methods and tasks are found by folder: a file added is a method added. Names are read without importing anything."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from benchmark.errors import UserError, unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"method": ROOT / "benchmark" / "methods", "task": ROOT / "tasks"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method or task as its source file declares it."""
+
+    name: str
+    module: str
+    summary: str
+    variants: Mapping[str, Mapping[str, Any]]
+
+
+@functools.cache
+def entries(kind: str) -> dict[str, Entry]:
+    """Everything of a kind ("method", "task") by name; the class of a file is the one named like the file."""
+    found = {}
+    for path in sorted(FOLDERS[kind].glob("[!_]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.lower() == path.stem.replace("_", ""):
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                summary = (ast.get_docstring(node) or "").partition("\n")[0]
+                found[node.name] = Entry(node.name, module, summary, _variants(node))
+    return found
+
+
+def _variants(node: ast.ClassDef) -> dict[str, dict]:
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == "variants" and item.value:
+            return ast.literal_eval(item.value)
+    return {}
+
+
+def names(kind: str) -> list[str]:
+    """Every name that may be asked for, variants of methods included."""
+    return [name for entry in entries(kind).values() for name in (entry.name, *entry.variants)]
+
+
+def load(kind: str, name: str) -> type:
+    """The class of a method or task, by its name or, from outside, as `package.module.Class`."""
+    owner = next((e for e in entries(kind).values() if name == e.name or name in e.variants), None)
+    if owner is None:  # any spelling of the name, as in the file's
+        owner = next((e for e in entries(kind).values() if name.lower() == e.name.lower()), None)
+    module, _, attribute = (owner.module, "", owner.name) if owner else name.rpartition(".")
+    if not module:
+        raise unknown(kind, name, names(kind))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{kind} '{name}' cannot be imported: {error}") from None
+
+
+def method(name: str, given: Mapping[str, Any] | None = None) -> tuple[type, dict[str, Any]]:
+    """A method class and its full hyperparameters: defaults, then the variant's, then the `given` ones.
+
+    Raises:
+        UserError: unknown method; a hyperparameter that it does not have, or of the wrong type.
+    """
+    cls = load("method", name)
+    variant = cls.variants.get(name, {}) if name != cls.__name__ else {}
+    return cls, hyperparameters(cls, {**variant, **(given or {})})
+
+
+def hyperparameters(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The signature of `__init__` is the schema: every hyperparameter of `cls` with its default or the given value."""
+    parameters = [p for p in inspect.signature(cls).parameters.values() if p.name != "context" and p.default is not p.empty]
+    hints = typing.get_type_hints(cls.__init__)
+    known = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY or p.name in vars(cls).get("space", {})}
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            raise unknown(f"hyperparameter of {cls.__name__}", key, known or ["(it has none)"])
+        try:
+            adapter = TypeAdapter(hints[key], config=None if hasattr(hints[key], "__pydantic_config__") else ConfigDict())
+            values[key] = adapter.validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{cls.__name__}: {key}: {error.errors()[0]['msg'].lower()}, got {value!r}") from None
+    return {**known, **values}
+
+
+def source_digest(cls: type) -> str:
+    """Hash of the code of the class's file, docstrings and comments aside: a cached result is made by this very code."""
+    path = inspect.getsourcefile(cls)
+    if path is None:
+        raise UserError(f"{cls.__name__} has no source file; put the method into a module")
+    tree = ast.parse(Path(path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()

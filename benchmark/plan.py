@@ -1,0 +1,180 @@
+"""A protocol, a method and a seed become a graph of nodes: train, embed, means, score. No node is ever computed twice.
+
+A node's id is a hash of everything that decides its outcome: its settings, the data's fingerprint, the code of its method and
+the ids of its inputs. Old releases, oracles, old embeddings and class means therefore coincide for all methods.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from benchmark import catalog
+from benchmark.errors import UserError
+from benchmark.method import OLD, Method, Need
+from benchmark.protocol import Protocol, digest, to_json
+
+# Raised when a change of the engine (method.py, task.py, images.py, heads.py, backbones.py, retrieval.py) changes results.
+REVISION = 1
+Mode = Literal["chain", "pairwise"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One unit of work, computed at most once."""
+
+    kind: Literal["train", "frozen", "embed", "means", "score"]
+    label: str  # for people
+    spec: Mapping[str, Any]  # JSON data
+    inputs: Mapping[str, Node] = field(default_factory=dict)
+
+    @functools.cached_property
+    def id(self) -> str:
+        parts = {name: node.id for name, node in self.inputs.items()}
+        return digest([REVISION, self.kind, self.spec, parts])[:20]
+
+    def walk(self) -> Iterator[Node]:
+        """Inputs before the nodes that need them; nodes may repeat."""
+        for node in self.inputs.values():
+            yield from node.walk()
+        yield self
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """A method with its full hyperparameters under the name its row carries."""
+
+    name: str
+    cls: type[Method]
+    hyperparameters: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, given: Mapping[str, Any] | None = None) -> MethodRun:
+        method, hyperparameters = catalog.method(name, given)
+        return cls(name if name in catalog.names("method") else method.__name__, method, hyperparameters)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All nodes of one (protocol, method, seed)."""
+
+    protocol: Protocol
+    method: MethodRun
+    seed: int
+    mode: Mode
+    split: str
+    releases: tuple[Node, ...]  # train or frozen, by release
+    bounds: tuple[Node, ...]  # the same of independent training: the oracles
+    cells: Mapping[tuple[int, int], Node | None]  # (t, k) -> score; None = undefined (unequal dims without a link)
+    bound_cells: Mapping[tuple[int, int], Node | None]
+
+    @functools.cached_property
+    def nodes(self) -> list[Node]:
+        """Every node once, inputs first."""
+        ends = [node for cells in (self.bound_cells, self.cells) for node in cells.values() if node is not None]
+        unique = {node.id: node for end in (*self.bounds, *self.releases, *ends) for node in end.walk()}
+        return list(unique.values())
+
+
+def build(
+    protocol: Protocol, method: MethodRun, seed: int, fingerprint: str, mode: Mode = "chain", split: str = "test"
+) -> Plan:
+    """Lay out the work. `fingerprint` is the data's; nothing is read or computed here."""
+    return _Builder(protocol, seed, fingerprint, mode, split).plan(method)
+
+
+class _Builder:
+    def __init__(self, protocol: Protocol, seed: int, fingerprint: str, mode: Mode, split: str):
+        self.protocol, self.seed, self.fingerprint, self.mode, self.split = protocol, seed, fingerprint, mode, split
+        self.independent = MethodRun.of("Independent")
+        self.made: dict[tuple[str, int], Node] = {}
+
+    def plan(self, method: MethodRun) -> Plan:
+        count = len(self.protocol.releases)
+        own = tuple(self.release(method, t) for t in range(count))
+        bounds = tuple(self.release(self.independent, t) for t in range(count))
+        older = bounds if self.mode == "pairwise" else own  # the releases that filled the galleries before
+        pairs = [(t, k) for t in range(count) for k in range(t + 1)]
+        cells = {(t, k): self.cell(method, own, own if k == t else older, t, k) for t, k in pairs}
+        bound_cells = {(t, k): self.cell(self.independent, bounds, bounds, t, k) for t, k in pairs}
+        return Plan(self.protocol, method, self.seed, self.mode, self.split, own, bounds, cells, bound_cells)
+
+    def release(self, method: MethodRun, t: int) -> Node:
+        """The node that yields release t of `method`."""
+        if t == 0 and not method.cls.trains_first_release:
+            method = self.independent
+        key = (digest([method.name, method.hyperparameters]), t)
+        if key not in self.made:
+            self.made[key] = self.trained(method, t)
+        return self.made[key]
+
+    def trained(self, method: MethodRun, t: int) -> Node:
+        protocol, old = self.protocol, self.old(method, t)
+        spec = self.rebuild(method, t, old)
+        if t == 0 and method.cls is self.independent.cls and self.seed in protocol.frozen:
+            spec |= {"sha256": protocol.frozen[self.seed], "protocol": protocol.id, "seed": self.seed}
+            return Node("frozen", f"release 0 ({protocol.releases[0].name}), frozen, seed {self.seed}", spec)
+        inputs = {}
+        for name, need in method.cls.requires(t, **method.hyperparameters).items():
+            source = self.source(method, need, t)
+            spec["needs"][name] = [need.kind, source.spec["dim"]]
+            inputs[name] = self.need(need, source, t)
+        spec |= {"seed": self.seed, "fingerprint": self.fingerprint, "source": catalog.source_digest(method.cls)}
+        return Node("train", f"train {method.name} release {t} ({protocol.releases[t].name})", spec, inputs)
+
+    def rebuild(self, method: MethodRun, t: int, old: Node | None) -> dict[str, Any]:
+        """What it takes to build the network again and load its weights."""
+        release, old_dim = self.protocol.releases[t], old.spec["dim"] if old else None
+        return {
+            "method": f"{method.cls.__module__}.{method.cls.__qualname__}",
+            "hyperparameters": to_json(method.hyperparameters),
+            "t": t,
+            "release": to_json(release),
+            "head": to_json(self.protocol.head),
+            "task": [self.protocol.task, to_json(self.protocol.task_args)],
+            "similarity": self.protocol.similarity,
+            "old_dim": old_dim,
+            "dim": method.cls.stored_dim(release, old_dim, **method.hyperparameters),
+            "needs": {},
+        }
+
+    def old(self, method: MethodRun, t: int) -> Node | None:
+        if t == 0:
+            return None
+        return self.release(self.independent if self.mode == "pairwise" else method, t - 1)
+
+    def source(self, method: MethodRun, need: Need, t: int) -> Node:
+        if need.source == OLD:
+            old = self.old(method, t)
+            if old is None:
+                raise UserError(f"{method.name} asks for an old release at release 0; `requires` must not for t = 0")
+            return old
+        return self.release(MethodRun.of(need.source, need.hyperparameters), t if need.release is None else need.release)
+
+    def need(self, need: Need, source: Node, t: int) -> Node:
+        if need.kind == "encoder":
+            return source
+        embedded = self.embed(source, f"train:{t}")
+        if need.kind == "embeddings":
+            return embedded
+        return Node("means", f"class means of train:{t}, {source.label}", {"t": t}, {"embeddings": embedded})
+
+    def embed(self, release: Node, items: str) -> Node:
+        spec = {"items": items, "fingerprint": self.fingerprint}
+        return Node("embed", f"embed {items}, {release.label}", spec, {"encoder": release})
+
+    def cell(
+        self, method: MethodRun, queries: tuple[Node, ...], galleries: tuple[Node, ...], t: int, k: int
+    ) -> Node | None:
+        stored = galleries[k].spec["dim"]
+        if method.cls.link is Method.link and queries[t].spec["dim"] != stored:
+            return None  # unequal dims without a declared link
+        inputs = {"link": queries[t]}
+        for r, view in method.cls.query_views(t, k):
+            inputs[f"query/{r}/{view}"] = self.embed(queries[r], f"{self.split}:query")
+        for r, view in method.cls.gallery_views(t, k):
+            inputs[f"gallery/{r}/{view}"] = self.embed(galleries[r], f"{self.split}:gallery")
+        spec = {"t": t, "k": k, "split": self.split, "similarity": self.protocol.similarity, "stored": stored}
+        return Node("score", f"score queries of {queries[t].label}, gallery of {galleries[k].label}", spec, inputs)

@@ -1,0 +1,129 @@
+"""The record: all that is kept of one (protocol, method, seed). Plain JSON, versioned, unknown fields refused. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmark.errors import UserError
+from benchmark.files import write_json
+from benchmark.protocol import describe
+
+SCHEMA_VERSION = 1
+METRICS_VERSION = 1  # raised when the definition of a metric changes, so that numbers of two definitions never mix
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Matrix = list[list[Number | None]]  # T x T, rows = query release, columns = gallery release; null above the diagonal
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProtocolInfo(Strict):
+    id: str
+    version: str
+    sha256: str
+    overrides: list[str]  # empty unless the protocol was changed for this run: then the record is off-protocol
+    split: str
+
+
+class SuiteInfo(Strict):
+    version: str
+    metrics_version: int
+    commit: str | None
+    dirty: bool | None
+
+
+class MethodInfo(Strict):
+    name: str
+    reference: str  # module.Class
+    hyperparameters: dict[str, Any]
+    settings: str  # "paper" = the method's own defaults or a variant it names; "custom" = changed for this run
+    source_sha256: str
+    mode: str  # chain | pairwise
+
+
+class ReleaseInfo(Strict):
+    name: str
+    backbone: str
+    classes: int
+    dim: int  # stored per item, extra dims included
+    recipe: dict[str, Any]
+    recipe_deviates: bool
+    losses: dict[str, list[Number]]  # term -> mean of each epoch
+    weights_sha256: str
+
+
+class Cost(Strict):
+    """Billed as if the row were run alone. Per release from the first new one on, except `training_images`."""
+
+    training_images: int  # seen in training, the releases it builds on and oracles it needs included
+    teacher_forwards: int  # images through frozen old models and oracles during training
+    trained_parameters: list[int]
+    released_parameters: list[int]
+    bytes_per_item: list[int]  # float32, by release
+    query_encoders: int  # run per query, at most
+    query_multiply_adds: list[int]
+    items_reembedded: int
+    vectors_rewritten: int
+
+
+class Timing(Strict):
+    """Not part of what must be reproduced."""
+
+    training_seconds: Number
+    total_seconds: Number
+    shared_seconds: Number  # spent on nodes that independent training or another method needs too
+    threads: int
+    device: str
+    finished: str  # ISO 8601, UTC
+
+
+class Record(Strict):
+    schema_version: int
+    protocol: ProtocolInfo
+    suite: SuiteInfo
+    method: MethodInfo
+    seed: int
+    data_fingerprint: str
+    releases: list[ReleaseInfo]
+    matrices: dict[str, dict[str, Matrix]]  # metric -> stratum -> matrix
+    independent: dict[str, dict[str, Matrix]]  # the same of independent training: bounds and oracles
+    undefined: dict[str, str]  # "t,k" -> why the cell is null
+    queries: dict[str, int]  # stratum -> queries counted
+    dropped: int  # queries without a positive
+    summary: dict[str, Any]  # computed by the suite: stratum -> AC, AC95, AM, gains, flips
+    cost: Cost
+    environment: dict[str, str]
+    outputs: dict[str, str]  # file beside the record -> sha256
+    timing: Timing
+
+    def save(self, path: Path) -> Path:
+        write_json(path, self.model_dump(mode="json"))
+        return path
+
+    def reproducible(self) -> dict[str, Any]:
+        """Everything that the same command must give again, bit for bit."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k != "timing"}
+
+
+def load(path: Path) -> Record:
+    """Read a record, ours or a stranger's; nothing in it is executed.
+
+    Raises:
+        UserError: not JSON, an unknown or ill-typed field, another schema version.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        record = Record.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: not a record of schema {SCHEMA_VERSION}: {describe(error)}") from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {record.schema_version}; this suite reads version {SCHEMA_VERSION}")
+    return record

@@ -1,0 +1,254 @@
+"""From computed nodes to a record: matrices, summaries, cost, and the per-query outputs they can be recomputed from."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmark import __version__, catalog, compatibility, statistics
+from benchmark.embeddings import write_tensors
+from benchmark.files import sha256_file
+from benchmark.plan import Node, Plan
+from benchmark.protocol import derive_seed, to_json
+from benchmark.record import METRICS_VERSION, SCHEMA_VERSION, Cost, Matrix, MethodInfo, ProtocolInfo, Record, ReleaseInfo
+from benchmark.record import SuiteInfo, Timing
+from benchmark.store import Store
+from benchmark.task import Task
+
+METRICS = ("cmc@1", "cmc@5", "map")
+ROOT = Path(__file__).resolve().parent.parent
+Cells = Mapping[tuple[int, int], Node | None]
+
+
+def assemble(plan: Plan, task: Task, store: Store, folder: Path, overrides: Sequence[str] = ()) -> tuple[Record, Path]:
+    """Write `seed<seed>.json` and `seed<seed>.safetensors` (per-query outputs) into `folder`; returns the record and its path."""
+    name = f"seed{plan.seed}"
+    outputs = folder / f"{name}.safetensors"
+    write_tensors(outputs, per_query(plan.cells, store, task.items(plan.split, "query")[1]))
+    matrices, bounds = matrices_of(plan.cells, store), matrices_of(plan.bound_cells, store)
+    first = next(node for node in plan.cells.values() if node is not None)
+    counted = store.read_json(first, "scores.json")
+    record = Record(
+        schema_version=SCHEMA_VERSION,
+        protocol=ProtocolInfo(
+            id=plan.protocol.id,
+            version=plan.protocol.version,
+            sha256=plan.protocol.sha256,
+            overrides=list(overrides),
+            split=plan.split,
+        ),
+        suite=suite_info(),
+        method=method_info(plan),
+        seed=plan.seed,
+        data_fingerprint=task.fingerprint,
+        releases=[release_info(node, task, store) for node in plan.releases],
+        matrices=matrices,
+        independent=bounds,
+        undefined={f"{t},{k}": "unequal dims and no declared link" for (t, k), node in plan.cells.items() if node is None},
+        queries={stratum: int(values["queries"]) for stratum, values in counted.items()},
+        dropped=int(counted["all"]["dropped"]),
+        summary=summarise(plan, task, store, matrices, bounds),
+        cost=cost(plan, task, store),
+        environment=environment(task),
+        outputs={outputs.name: sha256_file(outputs)},
+        timing=timing(plan, store, task),
+    )
+    return record, record.save(folder / f"{name}.json")
+
+
+def matrices_of(cells: Cells, store: Store) -> dict[str, dict[str, Matrix]]:
+    """metric -> stratum -> T x T, null above the diagonal and where undefined."""
+    releases = 1 + max(t for t, _ in cells)
+    scores = {at: store.read_json(node, "scores.json") for at, node in cells.items() if node is not None}
+    strata = next(iter(scores.values()))
+    return {
+        metric: {
+            stratum: [
+                [scores[t, k][stratum][metric] if (t, k) in scores else None for k in range(releases)] for t in range(releases)
+            ]
+            for stratum in strata
+        }
+        for metric in METRICS
+    }
+
+
+def per_query(cells: Cells, store: Store, labels: Tensor) -> dict[str, Tensor]:
+    """Per-query outputs of every cell, `ap/t/k` float32 and `first/t/k` int32 (0 = no positive), and the query labels."""
+    tensors = {"labels": labels.int()}
+    for (t, k), node in cells.items():
+        if node is not None:
+            for name, values in store.read_tensors(node, "per_query.safetensors").items():
+                tensors[f"{name}/{t}/{k}"] = values
+    return tensors
+
+
+def per_query_values(tensors: Mapping[str, Tensor], metric: str, t: int, k: int) -> np.ndarray:
+    """(Nq,) float64 in [0, 1], NaN for dropped queries, from what `per_query` keeps."""
+    first = tensors[f"first/{t}/{k}"].numpy()
+    if metric == "map":
+        return np.where(first > 0, tensors[f"ap/{t}/{k}"].double().numpy(), np.nan)
+    return np.where(first > 0, (first <= int(metric.removeprefix("cmc@"))).astype(float), np.nan)
+
+
+def summarise(plan: Plan, task: Task, store: Store, matrices: Any, bounds: Any) -> dict[str, Any]:
+    """metric -> stratum -> what `compatibility.summary` says, with flips of the primary metric's hits per cross cell."""
+    labels = task.items(plan.split, "query")[1]
+    own, bound = per_query(plan.cells, store, labels), per_query(plan.bound_cells, store, labels)
+    masks = {name: mask.numpy() for name, mask in task.strata(labels).items()}  # type: ignore[attr-defined]
+    seed = derive_seed(plan.seed, "bootstrap")
+    result: dict[str, Any] = {}
+    for metric in METRICS:
+        result[metric] = {}
+        for stratum, mask in masks.items():
+            C, independent = (np.array(m[metric][stratum], dtype=float) for m in (matrices, bounds))
+            old_old = np.diag(independent) if plan.mode == "pairwise" else None
+            lower_own, lower_bound = (
+                lower_bounds(own, reference, metric, labels.numpy(), mask, len(C), seed)
+                for reference in (bound if plan.mode == "pairwise" else own, bound)
+            )
+            entry = compatibility.summary(
+                C, independent, old_old=old_old, lower_own=lower_own, lower_independent=lower_bound
+            )
+            if metric.startswith("cmc"):
+                entry["flips"] = {
+                    f"{t},{k}": flips(own, bound if plan.mode == "pairwise" else own, metric, mask, t, k)
+                    for (t, k), node in plan.cells.items()
+                    if k < t and node is not None
+                }
+            result[metric][stratum] = entry
+    return result
+
+
+def flips(own: Mapping, old: Mapping, metric: str, mask: np.ndarray, t: int, k: int) -> dict[str, float]:
+    """Shares of queries that the update turns from miss to hit and from hit to miss, against the same old gallery."""
+    before, after = per_query_values(old, metric, k, k)[mask], per_query_values(own, metric, t, k)[mask]
+    kept = ~np.isnan(before)
+    found = compatibility.flips(before[kept] == 1, after[kept] == 1)
+    return {"positive": found.positive, "negative": found.negative}
+
+
+def lower_bounds(
+    own: Mapping, reference: Mapping, metric: str, labels: np.ndarray, mask: np.ndarray, releases: int, seed: int
+) -> np.ndarray:
+    """(T, T) lower ends of the paired 95 % intervals of C[t, k] - reference[k, k], this seed alone; NaN where undefined."""
+    bounds = np.full((releases, releases), np.nan)
+    for t in range(releases):
+        for k in range(t):
+            if f"first/{t}/{k}" in own and f"first/{k}/{k}" in reference:
+                gain = per_query_values(own, metric, t, k) - per_query_values(reference, metric, k, k)
+                bounds[t, k] = statistics.bootstrap(gain[None, mask], labels[mask], seed=seed).lower
+    return bounds
+
+
+def method_info(plan: Plan) -> MethodInfo:
+    cls, run = plan.method.cls, plan.method
+    _, default = catalog.method(run.name if run.name in catalog.names("method") else f"{cls.__module__}.{cls.__qualname__}")
+    return MethodInfo(
+        name=run.name,
+        reference=f"{cls.__module__}.{cls.__qualname__}",
+        hyperparameters=to_json(run.hyperparameters),
+        settings="paper" if dict(run.hyperparameters) == default else "custom",
+        source_sha256=catalog.source_digest(cls),
+        mode=plan.mode,
+    )
+
+
+def release_info(node: Node, task: Task, store: Store) -> ReleaseInfo:
+    facts = store.read_json(node, "train.json")
+    terms = list(facts["history"][0]) if facts["history"] else []
+    release = task.protocol.releases[node.spec["t"]]
+    return ReleaseInfo(
+        name=release.name,
+        backbone=release.backbone,
+        classes=task.classes(node.spec["t"]),
+        dim=node.spec["dim"],
+        recipe=facts["recipe"],
+        recipe_deviates=facts["deviates"],
+        losses={term: [epoch[term] for epoch in facts["history"]] for term in terms},
+        weights_sha256=sha256_file(store.folder(node) / "encoder.safetensors"),
+    )
+
+
+def cost(plan: Plan, task: Task, store: Store) -> Cost:
+    trained = {n.id: store.read_json(n, "train.json") for n in row_nodes(plan) if n.kind in ("train", "frozen")}
+    own = [trained[node.id] for node in plan.releases]
+    views = [plan.method.cls.query_views(t, k) for t, k in plan.cells]
+    return Cost(
+        training_images=sum(facts["images_seen"] for facts in trained.values()),
+        teacher_forwards=sum(facts["teacher_forwards"] for facts in trained.values()),
+        trained_parameters=[facts["parameters"] for facts in own],
+        released_parameters=[facts["released_parameters"] for facts in own],
+        bytes_per_item=[4 * node.spec["dim"] for node in plan.releases],
+        query_encoders=max(len({release for release, _ in view}) for view in views),
+        query_multiply_adds=[facts["multiply_adds"] for facts in own],
+        items_reembedded=0,
+        vectors_rewritten=0,
+    )
+
+
+def row_nodes(plan: Plan) -> list[Node]:
+    """Every node that this row needs if it is run alone: its releases, their inputs, its cells; not the bounds."""
+    ends = [*plan.releases, *(node for node in plan.cells.values() if node is not None)]
+    return list({node.id: node for end in ends for node in end.walk()}.values())
+
+
+def timing(plan: Plan, store: Store, task: Task) -> Timing:
+    spent = {node.id: store.read_json(node, "timing.json") for node in row_nodes(plan)}
+    bound = {node.id for end in (*plan.bounds, *(n for n in plan.bound_cells.values() if n)) for node in end.walk()}
+    own = [spent[node.id] for node in plan.releases]
+    return Timing(
+        training_seconds=sum(spent[node.id]["seconds"] for node in row_nodes(plan) if node.kind == "train"),
+        total_seconds=sum(entry["seconds"] for entry in spent.values()),
+        shared_seconds=sum(entry["seconds"] for id, entry in spent.items() if id in bound),
+        threads=own[-1]["threads"],
+        device=own[-1]["device"],
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def environment(task: Task) -> dict[str, str]:
+    import lightning
+
+    lock = ROOT / "requirements.lock"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "device": torch.cuda.get_device_name() if task.device.startswith("cuda") else processor(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "lock_sha256": sha256_file(lock) if lock.is_file() else "none",
+    }
+
+
+def processor() -> str:
+    """The CPU's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown CPU"
+
+
+@functools.cache
+def suite_info() -> SuiteInfo:
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "benchmark", "tasks")
+    dirty = None if status is None else bool(status)
+    return SuiteInfo(version=__version__, metrics_version=METRICS_VERSION, commit=commit, dirty=dirty)

@@ -1,0 +1,204 @@
+"""One `train` node: build the method, fit it with Lightning, keep the released encoder. Resumable at every epoch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from benchmark import catalog
+from benchmark.embeddings import Link
+from benchmark.errors import UserError
+from benchmark.heads import Head
+from benchmark.method import Context, Encoder, Method
+from benchmark.plan import Node
+from benchmark.protocol import Protocol, derive_seed, to_json
+from benchmark.store import Store
+from benchmark.task import Task
+
+Report = Callable[[int, int], None]  # (done, total)
+
+
+def bare_context(spec: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """What of a `Context` is known without any input: enough to build the network."""
+    t = spec["t"]
+    return {
+        "t": t,
+        "seed": spec.get("seed", 0),
+        "release": task.protocol.releases[t],
+        "classes": task.classes(t),
+        "similarity": spec["similarity"],
+        "backbone": partial(task.backbone, t),
+        "head": partial(task.head, t),
+        "prototype_head": partial(_prototype_head, task.protocol, t),
+        "old_dim": spec["old_dim"],
+        "dims": {name: dim for name, (_, dim) in spec["needs"].items()},
+    }
+
+
+def _prototype_head(protocol: Protocol, t: int, rows: torch.Tensor) -> Head:
+    return Head(rows.clone(), protocol.head, protocol.releases[t].recipe.label_smoothing).requires_grad_(False)
+
+
+def build(node: Node, context: Context) -> Method:
+    cls = catalog.load("method", node.spec["method"])
+    return cls(context, **node.spec["hyperparameters"])
+
+
+def load_released(node: Node, task: Task, store: Store) -> tuple[Encoder, Link]:
+    """The frozen encoder of a `train` or `frozen` node, and the link that serves its queries."""
+    with torch.random.fork_rng(devices=[]):
+        method = build(node, Context(**bare_context(node.spec, task)))
+    encoder, link = method.released(), method.link()
+    weights = store.read_tensors(node, "encoder.safetensors")
+    encoder.to(next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32))
+    try:
+        encoder.load_state_dict(weights)
+        if link.state_dict():
+            link.load_state_dict(store.read_tensors(node, "link.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{node.label}: the stored weights do not fit the network: {str(error).splitlines()[1].strip()}") from None
+    return encoder.to(task.device), link.to(task.device)
+
+
+def train(node: Node, task: Task, store: Store, report: Report) -> float:
+    """Fit one release and write encoder.safetensors, link.safetensors (if it has weights) and train.json.
+
+    Returns the seconds that interrupted attempts had spent before this one.
+    """
+    bare = bare_context(node.spec, task)
+    encoders, means, embeddings = {}, {}, {}
+    for name, source in node.inputs.items():
+        if source.kind == "means":
+            means[name] = store.read_tensors(source, "means.safetensors")["means"].to(task.device)
+        elif source.kind == "embed":
+            embeddings[name] = store.embeddings(source)
+        else:
+            encoders[name] = load_released(source, task, store)[0]
+    t, seed = node.spec["t"], node.spec["seed"]
+    loader = partial(_loader, task, t, seed)
+    context = Context(**bare, encoders=encoders, means=means, embeddings=embeddings, loader=loader)
+    method = build(node, context)
+    recipe = method.recipe(context.release.recipe)
+    before = {name: _fingerprint(encoder) for name, encoder in encoders.items()}
+    checkpoint = store.folder(node) / ".last.ckpt"
+    epochs = EpochEnd(checkpoint, node.label, report, recipe.epochs)
+    _quiet()
+    trainer = lightning.Trainer(
+        max_epochs=recipe.epochs,
+        accelerator="gpu" if task.device.startswith("cuda") else "cpu",
+        devices=1,
+        precision=recipe.precision,
+        gradient_clip_val=recipe.clip_norm,
+        callbacks=[epochs],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=store.folder(node),
+    )
+    resume = checkpoint if checkpoint.is_file() else None
+    batches = loader(method.view)
+    trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+    if not epochs.finished:
+        raise KeyboardInterrupt  # Lightning swallows Ctrl-C and returns
+    if any(_fingerprint(encoders[name]) != value for name, value in before.items()):
+        raise AssertionError(f"{node.label}: training changed a frozen encoder")
+    encoder, link = method.released(), method.link()
+    store.write_tensors(node, "encoder.safetensors", encoder.state_dict())
+    if link.state_dict():
+        store.write_tensors(node, "link.safetensors", link.state_dict())
+    images = trainer.global_step * batches.batch_size
+    facts = {
+        "history": method.history,
+        "images_seen": images,
+        "steps": trainer.global_step,
+        "teacher_forwards": epochs.teacher_forwards,
+        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "released_parameters": sum(p.numel() for p in encoder.network.parameters()),
+        "multiply_adds": _multiply_adds(encoder, batches),
+        "recipe": to_json(recipe),
+        "deviates": recipe != context.release.recipe,
+    }
+    store.write_json(node, "train.json", facts)
+    checkpoint.unlink(missing_ok=True)
+    return epochs.spent_before
+
+
+def _loader(task: Task, t: int, seed: int, view: str) -> Any:
+    return task.train_loader(t, view, derive_seed(seed, t, "loader"))
+
+
+class EpochEnd(Checkpoint):
+    """After every epoch: save for resuming, report progress, stop a diverged run before hours are lost.
+
+    A subclass of Lightning's `Checkpoint` because those run after the module's own end-of-epoch hook.
+    """
+
+    def __init__(self, path: Path, label: str, report: Report, epochs: int):
+        self.path, self.label, self.report, self.epochs = path, label, report, epochs
+        self.finished, self.teacher_forwards = False, 0
+        self.started, self.spent_before = time.monotonic(), 0.0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        if index % 20 == 0:
+            self.report(trainer.global_step, int(trainer.estimated_stepping_batches))
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        bad = {name: value for name, value in module.history[-1].items() if not math.isfinite(value)}
+        if bad:
+            name, value = next(iter(bad.items()))
+            raise UserError(
+                f"{self.label}: loss term '{name}' became {value} in epoch {trainer.current_epoch}; lower the learning rate or "
+                "its weight, or set recipe.clip_norm"
+            )
+        seen = {name: encoder.images_seen for name, encoder in module.context.encoders.items()}
+        self.teacher_forwards += sum(seen.values())
+        for encoder in module.context.encoders.values():
+            encoder.images_seen = 0
+        self.finished = trainer.current_epoch + 1 >= self.epochs
+        if not self.finished:
+            partial_path = self.path.with_suffix(".partial")
+            trainer.save_checkpoint(partial_path)
+            partial_path.replace(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher_forwards": self.teacher_forwards, "seconds": self.spent_before + time.monotonic() - self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.teacher_forwards, self.spent_before = state["teacher_forwards"], state["seconds"]
+
+
+def _fingerprint(encoder: Encoder) -> list[float]:
+    return [float(value.double().sum()) for value in encoder.state_dict().values()]
+
+
+def _multiply_adds(encoder: Encoder, batches: Any) -> int:
+    """Multiply-adds of embedding one item, counted by torch on the matmuls and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = next(iter(batches))
+    dtype = next(encoder.network.parameters()).dtype
+    x = {name: value[:1].to(dtype) if value.is_floating_point() else value[:1] for name, value in batch.x.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.to(batch.x["image"].device)(x)
+    return counter.get_total_flops() // 2
+
+
+def _quiet() -> None:
+    """Lightning's hints on hardware and loaders are for other set-ups than ours."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
