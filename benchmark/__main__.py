@@ -1,0 +1,377 @@
+"""The command line: the only place where everything meets. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from benchmark import __version__, catalog
+from benchmark import protocol as protocols
+from benchmark.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from benchmark.plan import Plan
+    from benchmark.record import Record
+
+# Threads that wait for work sleep instead of spinning: beside any other busy process spinning costs milliseconds at every
+# parallel operation. Read by OpenMP when torch is imported, hence here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+DEMO = ("Independent", "BCT", "BT2", "OCA")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake that the one line on stderr names, 130 stopped by Ctrl-C."""
+    try:
+        refuse_foreign_modules()
+        parser = make_parser()
+        args = parser.parse_args(arguments)
+        return COMMANDS[args.subcommand](args[args.subcommand]) or 0
+    except UserError as error:
+        print(f"compatbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncompatbench: stopped; nothing is lost, the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # `compatbench list | head` is no error
+        return 0
+
+
+def refuse_foreign_modules() -> None:
+    """`tasks` is a common name: another one on the path would be imported in place of ours."""
+    for name in ("tasks", "leaderboards"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).parent if spec and spec.origin else None
+        if found != catalog.ROOT / name:
+            where = found or (next(iter(spec.submodule_search_locations or ["?"])) if spec else "missing")
+            raise UserError(
+                f"the module '{name}' on the Python path is not CompatBench's ({where}); run from another folder, or take that "
+                f"path out of PYTHONPATH"
+            )
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="compatbench",
+        description="The benchmark of compatible representation learning: upgrade an embedding model, keep the gallery.",
+        version=__version__,
+    )
+    commands = parser.add_subcommands(required=True, dest="subcommand")
+
+    def command(name: str, summary: str, example: str) -> ArgumentParser:
+        sub = ArgumentParser(description=f"{summary} Example: {example}")
+        commands.add_subcommand(name, sub, help=summary)
+        return sub
+
+    run = command(
+        "run",
+        "Train and evaluate methods on a protocol; resumable, nothing is computed twice.",
+        "compatbench run cifar100-lite@1 --method BCT --seed 0 --data DIR",
+    )
+    run.add_argument("protocol", help="leaderboard name, its folder, or a YAML file")
+    run.add_argument("--method", nargs="+", required=True, help="names, 'all', or package.module.Class of your own")
+    run.add_argument(
+        "--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all' (default: its first)"
+    )
+    run.add_argument("--data", type=Path, help="folder with the data")
+    run.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go (default: runs)")
+    run.add_argument(
+        "--mode",
+        choices=["chain", "pairwise"],
+        default="chain",
+        help="old = own release before, or the independent one",
+    )
+    run.add_argument("--split", choices=["test", "validation"], default="test")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter of the method")
+    run.add_argument(
+        "--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol: off-protocol"
+    )
+    run.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
+    run.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    run.add_argument(
+        "--wandb", choices=["online", "offline", "disabled"], help="default: online with a key, else offline"
+    )
+    run.add_argument("--publish", action="store_true", help="also write the records into the protocol's leaderboard")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, compute nothing")
+
+    listing = command("list", "Names of methods, tasks and leaderboards.", "compatbench list methods --verbose")
+    listing.add_argument("what", nargs="?", choices=["methods", "tasks", "leaderboards", "all"], default="all")
+    listing.add_argument("--verbose", action="store_true", help="hyperparameters with defaults and tuning space")
+
+    doctor = command(
+        "doctor", "Check machine, packages and data before hours are spent.", "compatbench doctor --data DIR"
+    )
+    doctor.add_argument("--protocol", nargs="+", help="check these only (default: all)")
+    doctor.add_argument("--data", type=Path, help="folder with the data")
+
+    show = command(
+        "show", "Matrix and summary of records or of a leaderboard.", "compatbench show cifar100-lite@1 --png out.png"
+    )
+    show.add_argument("what", help="a record, a folder of records, or a leaderboard's name")
+    show.add_argument("--metric", help="cmc@1, cmc@5 or map (default: the protocol's primary metric)")
+    show.add_argument("--stratum", default="all", help="all, old-seen, new-only, never-seen")
+    show.add_argument("--png", type=Path, help="write the matrices as a picture")
+
+    evaluate = command(
+        "evaluate",
+        "Exact metrics of your own embeddings (.npy or .safetensors).",
+        "compatbench evaluate --queries q.npy --gallery g.npy --query-labels ql.npy --gallery-labels gl.npy",
+    )
+    evaluate.add_argument(
+        "--queries", type=Path, required=True, help="(N, D); a safetensors file may hold labels and ids too"
+    )
+    evaluate.add_argument("--gallery", type=Path, required=True, help="(M, D)")
+    evaluate.add_argument("--query-labels", type=Path)
+    evaluate.add_argument("--gallery-labels", type=Path)
+    evaluate.add_argument("--query-ids", type=Path, help="with gallery ids: an item never retrieves itself")
+    evaluate.add_argument("--gallery-ids", type=Path)
+    evaluate.add_argument("--similarity", choices=["cosine", "l2"], default="cosine")
+    evaluate.add_argument("--json", action="store_true", help="machine-readable output")
+
+    demo = command("demo", "Four methods on the bundled digits, in a minute.", "compatbench demo")
+    demo.add_argument("--runs", type=Path, default=Path("runs"))
+    return parser
+
+
+def command_run(args: Namespace) -> None:
+    from rich.console import Console
+
+    protocol = protocols.load(args.protocol, args.override)
+    names = [name for item in args.method for name in item.split(",")]
+    if "all" in names:
+        names = list(catalog.entries("method"))
+    run_protocol(Console(), protocol, names, chosen_seeds(protocol, args.seed), args)
+
+
+def chosen_seeds(protocol: protocols.Protocol, asked: Sequence[str]) -> list[int]:
+    if asked == ["first"]:
+        return [protocol.seeds[0]]
+    if asked == ["all"]:
+        return list(protocol.seeds)
+    try:
+        seeds = [int(seed) for item in asked for seed in item.split(",")]
+    except ValueError:
+        raise UserError(f"--seed takes numbers or 'all', not '{' '.join(asked)}'") from None
+    for seed in seeds:
+        if seed not in protocol.seeds:
+            raise UserError(f"seed {seed} is not one of {protocol.id}'s: {', '.join(map(str, protocol.seeds))}")
+    return seeds
+
+
+def run_protocol(
+    console: Any, protocol: protocols.Protocol, names: Sequence[str], seeds: Sequence[int], args: Namespace
+) -> list[Record]:
+    """Plan, compute, assemble, log: the body of `run` and `demo`."""
+    given = settings(args.set)
+    for name in names:  # a typo dies before the slow imports
+        if "." not in name and name.lower() not in [known.lower() for known in catalog.names("method")]:
+            raise unknown("method", name, catalog.names("method"))
+    with console.status("loading torch and lightning"):
+        from benchmark import console as progress
+        from benchmark import plots, results, tracking
+        from benchmark.plan import MethodRun, build
+        from benchmark.runner import default_device, execute, open_task
+        from benchmark.store import Store
+    methods = [MethodRun.of(name, given) for name in names]
+    store = Store(args.runs)
+    with console.status(f"reading the data of {protocol.task}"):
+        task = open_task(protocol, args.data, args.device or default_device())
+    plans = [
+        build(protocol, method, seed, task.fingerprint, args.mode, args.split) for seed in seeds for method in methods
+    ]
+    if args.dry_run:
+        table, line = progress.plan_table(plans, task, store)
+        console.print(table, line, sep="\n")
+        return []
+    with progress.Bars(console) as bars:
+        bars.expect(plans, store)
+        execute(plans, task, store, jobs=args.jobs, threads=args.threads, progress=bars)
+    records = []
+    with console.status("intervals, pictures, records"):
+        for plan in plans:
+            folder = record_folder(args, plan)
+            record, path = results.assemble(plan, task, store, folder, args.override)
+            plots.save(plots.heatmap(record, protocol.primary_metric), path.with_suffix(".png"))
+            tracking.log(record, path, args.wandb, args.runs)
+            if args.publish:
+                results.publish(record, path)
+            records.append(record)
+    for record in records:
+        console.print(plots.terminal(record, protocol.primary_metric, None if len(records) == 1 else ["all"]))
+    console.print(plots.summary_table(records, protocol.primary_metric))
+    where = {str(record_folder(args, plan)) for plan in plans}
+    console.print("records and heat maps: " + ", ".join(sorted(where)), soft_wrap=True)
+    return records
+
+
+def record_folder(args: Namespace, plan: Plan) -> Path:
+    """One folder for every way to run a method, so that no record replaces another's."""
+    from benchmark.protocol import digest
+
+    name = plan.method.name
+    if catalog.method(name)[1] != dict(plan.method.hyperparameters):
+        name += "+" + digest(plan.method.hyperparameters)[:6]
+    marks = (
+        [plan.mode] * (plan.mode != "chain")
+        + [plan.split] * (plan.split != "test")
+        + ["off-protocol"] * bool(args.override)
+    )
+    return args.runs / plan.protocol.id / "-".join([name, *marks])
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def command_list(args: Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if args.what in ("methods", "all"):
+        table = Table("method", "what it is", "variants")
+        for entry in catalog.entries("method").values():
+            variants = "\n".join(f"{name}: {_settings_text(values)}" for name, values in entry.variants.items())
+            table.add_row(entry.name, entry.summary, variants)
+        console.print(table)
+    if args.what in ("tasks", "all"):
+        table = Table("task", "what it is")
+        for entry in catalog.entries("task").values():
+            table.add_row(entry.name, entry.summary)
+        console.print(table)
+    if args.what in ("leaderboards", "all"):
+        table = Table("leaderboard", "releases", "seeds", "metric")
+        for name in protocols.shipped():
+            protocol = protocols.load(name)
+            table.add_row(name, protocol.description, str(len(protocol.seeds)), protocol.primary_metric)
+        console.print(table)
+    if args.verbose:
+        _verbose(console)
+
+
+def _settings_text(values: Any) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _verbose(console: Any) -> None:
+    """Hyperparameters need the classes themselves, hence torch."""
+    from rich.table import Table
+
+    table = Table("method", "hyperparameter", "default", "tuning space", "meaning")
+    with console.status("loading torch and lightning"):
+        for name in catalog.entries("method"):
+            cls, defaults = catalog.method(name)
+            meanings = catalog.argument_docs(cls)
+            for key, value in defaults.items():
+                space = ", ".join(map(str, cls.space.get(key, ())))
+                table.add_row(name, key, str(value), space, meanings.get(key, ""))
+    console.print(table)
+
+
+def command_doctor(args: Namespace) -> int:
+    from rich.console import Console
+
+    console = Console()
+    with console.status("checking machine, packages, data"):
+        from benchmark import doctor
+
+        checks = doctor.report(args.protocol, args.data)
+    console.print(doctor.render(checks))
+    return 0 if doctor.ok(checks) else 2
+
+
+def command_show(args: Namespace) -> None:
+    from rich.console import Console
+
+    from benchmark import plots, record
+
+    path = Path(args.what)
+    folder = path if path.exists() else protocols.LEADERBOARDS / args.what
+    if not folder.exists():
+        raise unknown("record, folder or leaderboard", args.what, protocols.shipped())
+    files = [folder] if folder.is_file() else sorted(f for f in folder.glob("**/seed*.json") if f.parent.name != "old")
+    records = [record.load(file) for file in files]
+    if not records:
+        raise UserError(f"{folder} holds no records (seed<n>.json); make some with `compatbench run`")
+    metric = args.metric or protocols.load(records[0].protocol.id).primary_metric
+    known = records[0].matrices
+    if metric not in known:
+        raise unknown("metric", metric, known)
+    if args.stratum not in known[metric]:
+        raise unknown("stratum", args.stratum, known[metric])
+    console = Console()
+    if len(records) == 1:
+        console.print(plots.terminal(records[0], metric, [args.stratum]))
+    console.print(plots.summary_table(records, metric, args.stratum))
+    if args.png:
+        plots.save(plots.matrices_figure(records, metric, args.stratum), args.png)
+        console.print(f"written: {args.png}", soft_wrap=True)
+
+
+def command_evaluate(args: Namespace) -> None:
+    from rich.console import Console
+
+    console = Console()
+    with console.status("counting"):
+        from benchmark.evaluate import evaluate
+
+        result = evaluate(
+            args.queries,
+            args.gallery,
+            args.query_labels,
+            args.gallery_labels,
+            query_ids=args.query_ids,
+            gallery_ids=args.gallery_ids,
+            similarity=args.similarity,
+        )
+    if args.json:
+        console.print_json(data=result)
+    else:
+        for name, value in result.items():
+            console.print(f"{name:>10}  {value:.4f}" if isinstance(value, float) else f"{name:>10}  {value}")
+
+
+def command_demo(args: Namespace) -> None:
+    from rich.console import Console
+
+    console = Console()
+    protocol = protocols.load("digits@1")
+    options = Namespace(
+        set=[], override=[], runs=args.runs, data=None, device="cpu", mode="chain", split="test", jobs=1, threads=None,
+        wandb="offline", publish=False, dry_run=False,
+    )  # fmt: skip
+    records = run_protocol(console, protocol, DEMO, [protocol.seeds[0]], options)
+    from benchmark import plots
+
+    picture = args.runs / protocol.id / "matrices.png"
+    plots.save(plots.matrices_figure(records, protocol.primary_metric), picture)
+    console.print(f"all matrices in one picture: {picture}", soft_wrap=True)
+    console.print("next: compatbench run cifar100-lite@1 --method BCT --seed 0 --data DIR", soft_wrap=True)
+
+
+COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "run": command_run,
+    "list": command_list,
+    "doctor": command_doctor,
+    "show": command_show,
+    "evaluate": command_evaluate,
+    "demo": command_demo,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,7 @@ class ConvNet(nn.Module):
         super().__init__()
         widths = [channels, width, 2 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []
-        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+        for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
             layers += [nn.MaxPool2d(2)] if i < pools else []
         self.features = nn.Sequential(*layers)
@@ -57,7 +58,7 @@ class ConvViT(nn.Module):
         super().__init__()
         widths = [channels, *[width >> (stem - 1 - i) for i in range(stem)]]
         layers: list[nn.Module] = []
-        for c_in, c_out in zip(widths, widths[1:]):
+        for c_in, c_out in itertools.pairwise(widths):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.stem = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
         tokens = (size >> stem) ** 2

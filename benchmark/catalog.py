@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from benchmark.errors import UserError, unknown
 
@@ -46,7 +46,12 @@ def entries(kind: str) -> dict[str, Entry]:
 
 def _variants(node: ast.ClassDef) -> dict[str, dict]:
     for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == "variants" and item.value:
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and item.target.id == "variants"
+            and item.value
+        ):
             return ast.literal_eval(item.value)
     return {}
 
@@ -56,7 +61,7 @@ def names(kind: str) -> list[str]:
     return [name for entry in entries(kind).values() for name in (entry.name, *entry.variants)]
 
 
-def load(kind: str, name: str) -> type:
+def load(kind: str, name: str) -> Any:
     """The class of a method or task, by its name or, from outside, as `package.module.Class`."""
     owner = next((e for e in entries(kind).values() if name == e.name or name in e.variants), None)
     if owner is None:  # any spelling of the name, as in the file's
@@ -70,7 +75,7 @@ def load(kind: str, name: str) -> type:
         raise UserError(f"{kind} '{name}' cannot be imported: {error}") from None
 
 
-def method(name: str, given: Mapping[str, Any] | None = None) -> tuple[type, dict[str, Any]]:
+def method(name: str, given: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
     """A method class and its full hyperparameters: defaults, then the variant's, then the `given` ones.
 
     Raises:
@@ -83,16 +88,19 @@ def method(name: str, given: Mapping[str, Any] | None = None) -> tuple[type, dic
 
 def hyperparameters(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The signature of `__init__` is the schema: every hyperparameter of `cls` with its default or the given value."""
-    parameters = [p for p in inspect.signature(cls).parameters.values() if p.name != "context" and p.default is not p.empty]
-    hints = typing.get_type_hints(cls.__init__)
-    known = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY or p.name in vars(cls).get("space", {})}
+    parameters = [
+        p for p in inspect.signature(cls).parameters.values() if p.name != "context" and p.default is not p.empty
+    ]
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    known = {
+        p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY or p.name in vars(cls).get("space", {})
+    }
     values = {}
     for key, value in given.items():
         if key not in known:
             raise unknown(f"hyperparameter of {cls.__name__}", key, known or ["(it has none)"])
         try:
-            adapter = TypeAdapter(hints[key], config=None if hasattr(hints[key], "__pydantic_config__") else ConfigDict())
-            values[key] = adapter.validate_python(value)
+            values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{cls.__name__}: {key}: {error.errors()[0]['msg'].lower()}, got {value!r}") from None
     return {**known, **values}
@@ -108,3 +116,19 @@ def source_digest(cls: type) -> str:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def argument_docs(cls: type) -> dict[str, str]:
+    """Hyperparameter -> meaning, from the "Args:" part of the class's docstring; "a, b: text" speaks of both."""
+    lines = (inspect.getdoc(cls) or "").partition("Args:\n")[2].splitlines()
+    docs: dict[str, str] = {}
+    for line in lines:
+        text = line.strip()
+        if line.startswith("    ") and not line.startswith("     ") and ":" in text:
+            keys, _, meaning = text.partition(":")
+            current = [key.strip() for key in keys.split(",")]
+            docs.update(dict.fromkeys(current, meaning.strip()))
+        elif line.startswith("     ") and docs:
+            for key in current:
+                docs[key] += " " + text
+    return docs

@@ -113,4 +113,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({str(error).splitlines()[0]}); remove it to have it made again") from None
+        raise UserError(
+            f"{path} is missing or damaged ({str(error).splitlines()[0]}); remove it to have it made again"
+        ) from None

@@ -60,7 +60,9 @@ def margin_cosine(cosine: Tensor, spec: HeadSpec) -> Tensor:
         return cosine - spec.margin
     c = cosine.clamp(-1 + 1e-7, 1 - 1e-7)
     rotated = c * math.cos(spec.margin) - (1 - c * c).sqrt() * math.sin(spec.margin)
-    return torch.where(c > math.cos(math.pi - spec.margin), rotated, cosine - spec.margin * math.sin(math.pi - spec.margin))
+    return torch.where(
+        c > math.cos(math.pi - spec.margin), rotated, cosine - spec.margin * math.sin(math.pi - spec.margin)
+    )
 
 
 def class_means(embeddings: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

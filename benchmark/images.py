@@ -16,9 +16,9 @@ from benchmark.protocol import derive_seed
 class Batch(NamedTuple):
     """What a method's `loss` sees."""
 
-    index: Tensor  # (B,) position in the training list: caches of old embeddings are keyed by it
+    index: Tensor  # type: ignore[assignment]  # (B,) position in the training list: caches of old embeddings are keyed by it
     x: Mapping[str, Tensor]  # "image" (B, C, H, W); "image2" for a second view; "text"; ...
-    y: Tensor | None  # (B,) class index in the protocol's class order
+    y: Tensor  # (B,) class index in the protocol's class order
 
 
 class ImageLoader:

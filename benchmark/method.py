@@ -184,12 +184,11 @@ class Method(lightning.LightningModule):
         groups = self.parameter_groups()
         rates = [recipe.lr * group.pop("lr_scale", 1.0) for group in groups]
         groups = [group | {"lr": rate} for group, rate in zip(groups, rates)]
-        decay = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        optimizer: torch.optim.Optimizer
+        options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0, **decay)
-        else:
-            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **decay)
+            options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+        kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        optimizer = kinds[recipe.optimizer](groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(recipe, step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -224,7 +223,11 @@ def rate_share(recipe: Recipe, step: int, steps: int) -> float:
     warm = recipe.warmup * steps
     if step < warm:
         rising = step / max(warm, 1)
-        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * rising)) if recipe.schedule == "onecycle" else (step + 1) / (warm + 1)
+        return (
+            0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * rising))
+            if recipe.schedule == "onecycle"
+            else (step + 1) / (warm + 1)
+        )
     if recipe.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(steps - warm, 1), 1.0)))

@@ -151,7 +151,9 @@ class _Builder:
             if old is None:
                 raise UserError(f"{method.name} asks for an old release at release 0; `requires` must not for t = 0")
             return old
-        return self.release(MethodRun.of(need.source, need.hyperparameters), t if need.release is None else need.release)
+        return self.release(
+            MethodRun.of(need.source, need.hyperparameters), t if need.release is None else need.release
+        )
 
     def need(self, need: Need, source: Node, t: int) -> Node:
         if need.kind == "encoder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from benchmark.protocol import describe
 
 SCHEMA_VERSION = 1
 METRICS_VERSION = 1  # raised when the definition of a metric changes, so that numbers of two definitions never mix
+
+STRATA = ("all", "old-seen", "new-only", "never-seen")  # the order in which people see them
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Matrix = list[list[Number | None]]  # T x T, rows = query release, columns = gallery release; null above the diagonal
@@ -108,6 +111,11 @@ class Record(Strict):
     def reproducible(self) -> dict[str, Any]:
         """Everything that the same command must give again, bit for bit."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k != "timing"}
+
+
+def ordered(strata: Iterable[str]) -> list[str]:
+    """Strata as they are shown: the usual ones first, a task's own after them."""
+    return sorted(strata, key=lambda name: (STRATA.index(name) if name in STRATA else len(STRATA), name))
 
 
 def load(path: Path) -> Record:

@@ -13,15 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmark import __version__, catalog, compatibility, statistics
-from benchmark.embeddings import write_tensors
-from benchmark.files import sha256_file
+from benchmark import __version__, catalog, compatibility, outputs, statistics
+from benchmark.errors import UserError
+from benchmark.files import sha256_file, write_bytes
 from benchmark.plan import Node, Plan
-from benchmark.protocol import derive_seed, to_json
-from benchmark.record import METRICS_VERSION, SCHEMA_VERSION, Cost, Matrix, MethodInfo, ProtocolInfo, Record, ReleaseInfo
-from benchmark.record import SuiteInfo, Timing
+from benchmark.protocol import LEADERBOARDS, derive_seed, to_json
+from benchmark.record import (
+    METRICS_VERSION,
+    SCHEMA_VERSION,
+    Cost,
+    Matrix,
+    MethodInfo,
+    ProtocolInfo,
+    Record,
+    ReleaseInfo,
+    SuiteInfo,
+    Timing,
+)
 from benchmark.store import Store
 from benchmark.task import Task
 
@@ -33,8 +42,9 @@ Cells = Mapping[tuple[int, int], Node | None]
 def assemble(plan: Plan, task: Task, store: Store, folder: Path, overrides: Sequence[str] = ()) -> tuple[Record, Path]:
     """Write `seed<seed>.json` and `seed<seed>.safetensors` (per-query outputs) into `folder`; returns the record and its path."""
     name = f"seed{plan.seed}"
-    outputs = folder / f"{name}.safetensors"
-    write_tensors(outputs, per_query(plan.cells, store, task.items(plan.split, "query")[1]))
+    own, bound = (per_query(cells, store, task, plan.split) for cells in (plan.cells, plan.bound_cells))
+    file = folder / f"{name}.safetensors"
+    outputs.save(file, own)
     matrices, bounds = matrices_of(plan.cells, store), matrices_of(plan.bound_cells, store)
     first = next(node for node in plan.cells.values() if node is not None)
     counted = store.read_json(first, "scores.json")
@@ -54,13 +64,15 @@ def assemble(plan: Plan, task: Task, store: Store, folder: Path, overrides: Sequ
         releases=[release_info(node, task, store) for node in plan.releases],
         matrices=matrices,
         independent=bounds,
-        undefined={f"{t},{k}": "unequal dims and no declared link" for (t, k), node in plan.cells.items() if node is None},
+        undefined={
+            f"{t},{k}": "unequal dims and no declared link" for (t, k), node in plan.cells.items() if node is None
+        },
         queries={stratum: int(values["queries"]) for stratum, values in counted.items()},
         dropped=int(counted["all"]["dropped"]),
-        summary=summarise(plan, task, store, matrices, bounds),
+        summary=summarise(plan, own, bound, matrices, bounds),
         cost=cost(plan, task, store),
         environment=environment(task),
-        outputs={outputs.name: sha256_file(outputs)},
+        outputs={file.name: sha256_file(file)},
         timing=timing(plan, store, task),
     )
     return record, record.save(folder / f"{name}.json")
@@ -74,7 +86,8 @@ def matrices_of(cells: Cells, store: Store) -> dict[str, dict[str, Matrix]]:
     return {
         metric: {
             stratum: [
-                [scores[t, k][stratum][metric] if (t, k) in scores else None for k in range(releases)] for t in range(releases)
+                [scores[t, k][stratum][metric] if (t, k) in scores else None for k in range(releases)]
+                for t in range(releases)
             ]
             for stratum in strata
         }
@@ -82,29 +95,43 @@ def matrices_of(cells: Cells, store: Store) -> dict[str, dict[str, Matrix]]:
     }
 
 
-def per_query(cells: Cells, store: Store, labels: Tensor) -> dict[str, Tensor]:
-    """Per-query outputs of every cell, `ap/t/k` float32 and `first/t/k` int32 (0 = no positive), and the query labels."""
-    tensors = {"labels": labels.int()}
+def per_query(cells: Cells, store: Store, task: Task, split: str) -> dict[str, np.ndarray]:
+    """What `outputs` keeps: per-query values of every cell, labels and strata of the queries."""
+    labels = task.items(split, "query")[1]
+    arrays = {"labels": labels.int().numpy()}
+    arrays |= {f"mask/{name}": mask.numpy().astype(np.uint8) for name, mask in task.strata(labels).items()}
     for (t, k), node in cells.items():
         if node is not None:
-            for name, values in store.read_tensors(node, "per_query.safetensors").items():
-                tensors[f"{name}/{t}/{k}"] = values
-    return tensors
+            for name, tensor in store.read_tensors(node, "per_query.safetensors").items():
+                arrays[f"{name}/{t}/{k}"] = tensor.numpy()
+    return arrays
 
 
-def per_query_values(tensors: Mapping[str, Tensor], metric: str, t: int, k: int) -> np.ndarray:
-    """(Nq,) float64 in [0, 1], NaN for dropped queries, from what `per_query` keeps."""
-    first = tensors[f"first/{t}/{k}"].numpy()
-    if metric == "map":
-        return np.where(first > 0, tensors[f"ap/{t}/{k}"].double().numpy(), np.nan)
-    return np.where(first > 0, (first <= int(metric.removeprefix("cmc@"))).astype(float), np.nan)
+def publish(record: Record, path: Path) -> Path:
+    """Copy a record and its outputs into its leaderboard.
+
+    Raises:
+        UserError: the record is off-protocol, not on the test split, or of changed settings: it can be no row.
+    """
+    reasons = {
+        "the protocol was overridden": bool(record.protocol.overrides),
+        f"it is on the {record.protocol.split} split": record.protocol.split != "test",
+        "its hyperparameters are neither the method's defaults nor a named variant": record.method.settings != "paper",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{path} cannot be published: {reason}")
+    name = record.method.name + ("" if record.method.mode == "chain" else f"-{record.method.mode}")
+    folder = LEADERBOARDS / record.protocol.id / name
+    for file in (path, *(path.parent / output for output in record.outputs)):
+        write_bytes(folder / file.name, file.read_bytes())
+    return folder / path.name
 
 
-def summarise(plan: Plan, task: Task, store: Store, matrices: Any, bounds: Any) -> dict[str, Any]:
+def summarise(plan: Plan, own: outputs.Outputs, bound: outputs.Outputs, matrices: Any, bounds: Any) -> dict[str, Any]:
     """metric -> stratum -> what `compatibility.summary` says, with flips of the primary metric's hits per cross cell."""
-    labels = task.items(plan.split, "query")[1]
-    own, bound = per_query(plan.cells, store, labels), per_query(plan.bound_cells, store, labels)
-    masks = {name: mask.numpy() for name, mask in task.strata(labels).items()}  # type: ignore[attr-defined]
+    before = bound if plan.mode == "pairwise" else own  # the releases that filled the galleries
+    masks, labels = outputs.strata(own), own["labels"]
     seed = derive_seed(plan.seed, "bootstrap")
     result: dict[str, Any] = {}
     for metric in METRICS:
@@ -113,15 +140,14 @@ def summarise(plan: Plan, task: Task, store: Store, matrices: Any, bounds: Any) 
             C, independent = (np.array(m[metric][stratum], dtype=float) for m in (matrices, bounds))
             old_old = np.diag(independent) if plan.mode == "pairwise" else None
             lower_own, lower_bound = (
-                lower_bounds(own, reference, metric, labels.numpy(), mask, len(C), seed)
-                for reference in (bound if plan.mode == "pairwise" else own, bound)
+                lower_bounds(own, reference, metric, labels, mask, len(C), seed) for reference in (before, bound)
             )
             entry = compatibility.summary(
                 C, independent, old_old=old_old, lower_own=lower_own, lower_independent=lower_bound
             )
             if metric.startswith("cmc"):
                 entry["flips"] = {
-                    f"{t},{k}": flips(own, bound if plan.mode == "pairwise" else own, metric, mask, t, k)
+                    f"{t},{k}": flips(own, before, metric, mask, t, k)
                     for (t, k), node in plan.cells.items()
                     if k < t and node is not None
                 }
@@ -131,7 +157,7 @@ def summarise(plan: Plan, task: Task, store: Store, matrices: Any, bounds: Any) 
 
 def flips(own: Mapping, old: Mapping, metric: str, mask: np.ndarray, t: int, k: int) -> dict[str, float]:
     """Shares of queries that the update turns from miss to hit and from hit to miss, against the same old gallery."""
-    before, after = per_query_values(old, metric, k, k)[mask], per_query_values(own, metric, t, k)[mask]
+    before, after = outputs.values(old, metric, k, k)[mask], outputs.values(own, metric, t, k)[mask]
     kept = ~np.isnan(before)
     found = compatibility.flips(before[kept] == 1, after[kept] == 1)
     return {"positive": found.positive, "negative": found.negative}
@@ -145,14 +171,16 @@ def lower_bounds(
     for t in range(releases):
         for k in range(t):
             if f"first/{t}/{k}" in own and f"first/{k}/{k}" in reference:
-                gain = per_query_values(own, metric, t, k) - per_query_values(reference, metric, k, k)
+                gain = outputs.values(own, metric, t, k) - outputs.values(reference, metric, k, k)
                 bounds[t, k] = statistics.bootstrap(gain[None, mask], labels[mask], seed=seed).lower
     return bounds
 
 
 def method_info(plan: Plan) -> MethodInfo:
     cls, run = plan.method.cls, plan.method
-    _, default = catalog.method(run.name if run.name in catalog.names("method") else f"{cls.__module__}.{cls.__qualname__}")
+    _, default = catalog.method(
+        run.name if run.name in catalog.names("method") else f"{cls.__module__}.{cls.__qualname__}"
+    )
     return MethodInfo(
         name=run.name,
         reference=f"{cls.__module__}.{cls.__qualname__}",
@@ -245,7 +273,9 @@ def processor() -> str:
 def suite_info() -> SuiteInfo:
     def git(*arguments: str) -> str | None:
         try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 

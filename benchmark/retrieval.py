@@ -136,6 +136,7 @@ class Cell:
             raise ValueError(f"backend must be None, 'lookup', 'compare' or 'sort', got {backend!r}")
         if (query_ids is None) != (gallery_ids is None):
             raise ValueError("give both query_ids and gallery_ids (to exclude each query's own item) or neither")
+        blocks = [b for b in blocks if len(b.rows)] or blocks[:1]  # a backfill begins and ends with an empty block
         for block in blocks:
             _check_vectors("queries", block.queries)
             _check_vectors("gallery", block.gallery)
@@ -149,19 +150,20 @@ class Cell:
         self.nq, self.ng, self.buffer_mb, self.backend, self.similarity = nq, ng, buffer_mb, backend, similarity
         self.device = torch.device(device or blocks[0].queries.device)
         self.blocks = [self._prepare(b) for b in blocks]
-        wanted = query_labels.cpu()
-        labels, self.by_label = gallery_labels.cpu()[rows].sort(stable=True)  # columns grouped by label
+        wanted = query_labels.cpu().long()
+        labels, self.by_label = gallery_labels.cpu().long()[rows].sort(stable=True)  # columns grouped by label
         self.start = torch.searchsorted(labels, wanted)
         self.positives = torch.searchsorted(labels, wanted, right=True) - self.start  # the query's own item included
         self.own = torch.full((nq,), ng)  # column of the query's own item; ng = not in this gallery
         if query_ids is not None and gallery_ids is not None:
             _check_integers("query_ids", query_ids, nq)
             _check_integers("gallery_ids", gallery_ids, ng)
-            ids, column = gallery_ids.cpu()[rows].sort()
+            wanted = query_ids.cpu().long()
+            ids, column = gallery_ids.cpu().long()[rows].sort()
             if len(twice := ids[1:][ids[1:] == ids[:-1]]):
                 raise ValueError(f"gallery_ids must be unique, but id {int(twice[0])} occurs more than once")
-            at = torch.searchsorted(ids, query_ids.cpu()).clamp_(max=ng - 1)
-            self.own = torch.where(ids[at] == query_ids.cpu(), column[at], self.own)
+            at = torch.searchsorted(ids, wanted).clamp_(max=ng - 1)
+            self.own = torch.where(ids[at] == wanted, column[at], self.own)
 
     def rank(self) -> Ranking:
         def judge(rows: Tensor, scores: Tensor, columns: Tensor):
@@ -221,7 +223,7 @@ class Cell:
     def _score(self, rows: Tensor, out: Tensor) -> None:
         """Scores of the queries `rows` (B,) against the whole gallery, block after block, into out (B, Ng)."""
         column = 0
-        with _true_fp32(self.device.type):
+        with _true_fp32():
             for queries, by, gallery in self.blocks:
                 q = queries[rows].to(self.device, torch.float32)
                 if self.similarity == "cosine":
@@ -245,11 +247,11 @@ class Cell:
         buffer = torch.empty(min(size, self.nq), width, device=self.device)
 
         def work(rows: Tensor, scores: Tensor) -> T:
-            own, reach = self.own[rows, None], torch.arange(max(1, int(self.positives[rows].max())))
+            reach = torch.arange(max(1, int(self.positives[rows].max())))
             columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=self.ng - 1)]  # (B, P)
-            columns[(reach >= self.positives[rows, None]) | (columns == own)] = self.ng
+            columns[reach >= self.positives[rows, None]] = self.ng
             scores[:, self.ng :] = -torch.inf
-            scores.scatter_(1, own.to(self.device), -torch.inf)
+            scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
             return judge(rows, scores, columns.to(self.device))
 
         # On the CPU, threads of ours share a chunk in slices too small for torch to start its own, each operation of
@@ -351,8 +353,8 @@ def _finish(top: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _true_fp32(device_type: str):
-    """Products in full fp32 (no TF32, bf16, autocast) and without gradients; the caller's settings come back after."""
+def _true_fp32():
+    """Products in full fp32 (no TF32, no bf16) and without gradients; the caller's settings come back after."""
     old = not hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch < 2.9
     name, off = ("allow_tf32", False) if old else ("fp32_precision", "ieee")
     switches = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
@@ -360,7 +362,7 @@ def _true_fp32(device_type: str):
     try:
         for switch, _ in before:
             setattr(switch, name, off)
-        with torch.autocast(device_type, enabled=False), torch.no_grad():
+        with torch.no_grad():  # autocast leaves products with `out` alone
             yield
     finally:
         for switch, value in before:

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ def open_task(protocol: Protocol, data: Path | None, device: str) -> Task:
     try:
         task = cls(protocol, data, device, **protocol.task_args)
     except TypeError as error:
-        raise UserError(f"task {protocol.task}: {str(error).split('()')[-1].strip()} (in the protocol's task_args)") from None
+        raise UserError(
+            f"task {protocol.task}: {str(error).split('()')[-1].strip()} (in the protocol's task_args)"
+        ) from None
     task.check()
     return task
 
@@ -49,9 +51,17 @@ def default_device() -> str:
 
 
 def execute(
-    wanted: Sequence[Plan | Node], task: Task, store: Store, *, jobs: int = 1, threads: int | None = None, progress: Progress | None = None
+    wanted: Sequence[Plan | Node],
+    task: Task,
+    store: Store,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Compute every node of the plans, or given nodes with their inputs. With several jobs, nodes that do not wait for one another run side by side.
+    """Compute every node of the plans, or given nodes with their inputs.
+
+    With several jobs, nodes that do not wait for one another run side by side.
 
     Args:
         threads: of torch, per job; None = the cores shared out equally.
@@ -133,7 +143,9 @@ def _frozen(node: Node, task: Task, store: Store, report: training.Report) -> No
     if not path.is_file():
         raise UserError(f"frozen old release {path} is missing; restore it from the repository")
     if sha256_file(path) != node.spec["sha256"]:
-        raise UserError(f"frozen old release {path} does not match its hash in the protocol; restore it from the repository")
+        raise UserError(
+            f"frozen old release {path} does not match its hash in the protocol; restore it from the repository"
+        )
     store.write_tensors(node, "encoder.safetensors", read_tensors(path))
     store.write_json(node, "train.json", json.loads(path.with_suffix(".json").read_bytes()))
 
@@ -154,14 +166,14 @@ def _items(task: Task, items: str) -> tuple[Iterable[Batch], Tensor, Tensor]:
         ids, labels = task.items(split, side)
         return task.item_loader(split, side), ids, labels
     loader = task.train_loader(int(side), "eval", 0)
-    labels = torch.cat([batch.y.cpu() for batch in loader if batch.y is not None])
+    labels = torch.cat([batch.y.cpu() for batch in loader])
     return loader, torch.arange(len(labels)), labels
 
 
 def embed(encoder: training.Encoder, loader: Iterable[Batch], report: training.Report) -> dict[str, Tensor]:
     """Embeddings (N, D) float32 on the CPU by view, in the loader's order; computed in the precision of the weights."""
     dtype, parts = next(encoder.network.parameters()).dtype, []
-    total = len(loader) if hasattr(loader, "__len__") else 0
+    total = len(loader) if isinstance(loader, Sized) else 0
     with torch.inference_mode(), _no_tf32():
         for i, batch in enumerate(loader):
             x = {name: v.to(dtype) if v.is_floating_point() else v for name, v in batch.x.items()}
@@ -206,4 +218,10 @@ def _score(node: Node, task: Task, store: Store, report: training.Report) -> Non
     store.write_tensors(node, "per_query.safetensors", scores.per_query)
 
 
-_KINDS: dict[str, Callable[[Node, Task, Store, training.Report], float | None]] = {"train": training.train, "frozen": _frozen, "embed": _embed, "means": _means, "score": _score}
+_KINDS: dict[str, Callable[[Node, Task, Store, training.Report], float | None]] = {
+    "train": training.train,
+    "frozen": _frozen,
+    "embed": _embed,
+    "means": _means,
+    "score": _score,
+}

@@ -28,7 +28,9 @@ class Store:
             if not os.access(self.root / "nodes", os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            raise UserError(f"cannot write to {self.root}: {error.strerror}; choose another folder with --runs") from None
+            raise UserError(
+                f"cannot write to {self.root}: {error.strerror}; choose another folder with --runs"
+            ) from None
 
     def folder(self, node: Node) -> Path:
         return self.root / "nodes" / f"{node.kind}-{node.id}"
@@ -44,7 +46,9 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; free space or choose another --runs") from None
+            raise UserError(
+                f"cannot write to {folder}: {error.strerror}; free space or choose another --runs"
+            ) from None
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -55,7 +59,11 @@ class Store:
         inputs = {name: other.id for name, other in node.inputs.items()}
         write_json(folder / "node.json", {"label": node.label, "kind": node.kind, "spec": node.spec, "inputs": inputs})
         write_json(folder / "timing.json", timing)
-        outputs = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "." and p.name != "done"}
+        outputs = {
+            p.name: sha256_file(p)
+            for p in sorted(folder.iterdir())
+            if p.is_file() and p.name[0] != "." and p.name != "done"
+        }
         write_json(folder / "done", outputs)
 
     def check(self, node: Node) -> None:
@@ -71,7 +79,9 @@ class Store:
         except (OSError, ValueError, AttributeError):
             wrong = "done"
         if wrong:
-            raise UserError(f"cached {node.label}: {folder / wrong} is damaged; remove {folder} and run again to have it remade")
+            raise UserError(
+                f"cached {node.label}: {folder / wrong} is damaged; remove {folder} and run again to have it remade"
+            )
 
     def read_json(self, node: Node, name: str) -> Any:
         return json.loads((self.folder(node) / name).read_bytes())

@@ -49,6 +49,10 @@ class Task(ABC):
         (the same with "image" and "image2"), "eval" (in order, not augmented, `batch_size`)."""
 
     @abstractmethod
+    def train_size(self, t: int) -> int:
+        """Number of training images of release `t`."""
+
+    @abstractmethod
     def items(self, split: str, side: str) -> tuple[Tensor, Tensor]:
         """(ids, labels), each (N,), of the "query" or "gallery" side of "test" or "validation"."""
 
@@ -59,6 +63,10 @@ class Task(ABC):
     @abstractmethod
     def class_total(self) -> int:
         """Number of training classes in the protocol's class order."""
+
+    @abstractmethod
+    def strata(self, labels: Tensor) -> dict[str, Tensor]:
+        """Named masks (N,) over items with these labels; "all" is one of them. Fixed over the whole matrix."""
 
     @abstractmethod
     def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2I") -> Scores:
@@ -135,15 +143,23 @@ class ImageRetrieval(Task):
         order = [*classes, *validation_classes, *unseen_classes]
         for name in order:
             if name not in names:
-                raise UserError(f"{self.name}: the protocol names class '{name}', which the data under {self.root} lack")
+                raise UserError(
+                    f"{self.name}: the protocol names class '{name}', which the data under {self.root} lack"
+                )
         if len(set(order)) != len(order):
             raise UserError(f"{self.name}: a class stands twice in the protocol's class lists")
-        self.train_classes, self.validation_classes, self.unseen_classes = list(classes), list(validation_classes), list(unseen_classes)
+        self.train_classes, self.validation_classes, self.unseen_classes = (
+            list(classes),
+            list(validation_classes),
+            list(unseen_classes),
+        )
         self.query_gallery, self.heldout, self.order_seed = query_gallery, heldout, order_seed
         position = torch.full((len(names),), -1, dtype=torch.int64)
         position[[names.index(name) for name in order]] = torch.arange(len(order))
         self.sets = {"train": train, "test": test}
-        self.labels = {split: position[part.labels] for split, part in self.sets.items()}  # -1: class not in the protocol
+        self.labels = {
+            split: position[part.labels] for split, part in self.sets.items()
+        }  # -1: class not in the protocol
         self.by_class = {split: self._by_class(split, len(order)) for split in self.sets}
         for t in range(len(protocol.releases)):  # too few classes or images die here, not after hours
             self.train_index(t)
@@ -152,7 +168,7 @@ class ImageRetrieval(Task):
                 raise UserError(f"{self.name}: the test split has no {side} images")
 
     @abstractmethod
-    def read(self, **source_args: Any) -> tuple[list[str], ImageSet, ImageSet]:
+    def read(self, *args: Any, **source_args: Any) -> tuple[list[str], ImageSet, ImageSet]:
         """Class names and the (train, test) images of the source; refuses missing, short or corrupt data."""
 
     def class_total(self) -> int:
@@ -180,13 +196,18 @@ class ImageRetrieval(Task):
             parts.append(members[:count])
         return torch.cat(parts)
 
+    def train_size(self, t: int) -> int:
+        return len(self.train_index(t))
+
     def train_loader(self, t: int, view: str, seed: int, batch_size: int = 1000) -> ImageLoader:
         recipe, index = self.protocol.releases[t].recipe, self.train_index(t)
         if view == "eval":
             return self._loader("train", index, batch_size=batch_size)
         views = {"train": 1, "two_views": 2}[view]
         size = min(recipe.batch_size, len(index))
-        return self._loader("train", index, batch_size=size, shuffle=True, augment=recipe.augment, views=views, seed=seed)
+        return self._loader(
+            "train", index, batch_size=size, shuffle=True, augment=recipe.augment, views=views, seed=seed
+        )
 
     def _loader(self, split: str, index: Tensor, **options: Any) -> ImageLoader:
         images, labels = self.sets[split].images[index].to(self.device), self.labels[split][index].to(self.device)
@@ -234,8 +255,21 @@ class ImageRetrieval(Task):
         return {name: mask for name, mask in masks.items() if mask.any()}
 
     def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2I") -> Scores:
-        (query_ids, query_labels), (gallery_ids, gallery_labels) = self.items(split, "query"), self.items(split, "gallery")
-        ids = {"query_ids": query_ids, "gallery_ids": gallery_ids} if self.query_gallery == "same" else {}
-        ranking = rank(queries, gallery, query_labels, gallery_labels, similarity=self.protocol.similarity, device=self.device, **ids)
+        (query_ids, query_labels), (gallery_ids, gallery_labels) = (
+            self.items(split, "query"),
+            self.items(split, "gallery"),
+        )
+        ids: dict[str, Any] = (
+            {"query_ids": query_ids, "gallery_ids": gallery_ids} if self.query_gallery == "same" else {}
+        )
+        ranking = rank(
+            queries,
+            gallery,
+            query_labels,
+            gallery_labels,
+            similarity=self.protocol.similarity,
+            device=self.device,
+            **ids,
+        )
         metrics = {name: dict(ranking.metrics(select=mask)) for name, mask in self.strata(query_labels).items()}
         return Scores(metrics, {"ap": ranking.ap.float(), "first": ranking.first.int()})

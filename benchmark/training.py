@@ -66,7 +66,9 @@ def load_released(node: Node, task: Task, store: Store) -> tuple[Encoder, Link]:
         if link.state_dict():
             link.load_state_dict(store.read_tensors(node, "link.safetensors"))
     except RuntimeError as error:
-        raise UserError(f"{node.label}: the stored weights do not fit the network: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"{node.label}: the stored weights do not fit the network: {str(error).splitlines()[1].strip()}"
+        ) from None
     return encoder.to(task.device), link.to(task.device)
 
 
@@ -109,9 +111,10 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
     )
     resume = checkpoint if checkpoint.is_file() else None
     batches = loader(method.view)
-    trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
-    if not epochs.finished:
-        raise KeyboardInterrupt  # Lightning swallows Ctrl-C and returns
+    try:
+        trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
     if any(_fingerprint(encoders[name]) != value for name, value in before.items()):
         raise AssertionError(f"{node.label}: training changed a frozen encoder")
     encoder, link = method.released(), method.link()
@@ -169,11 +172,19 @@ class EpochEnd(Checkpoint):
         self.finished = trainer.current_epoch + 1 >= self.epochs
         if not self.finished:
             partial_path = self.path.with_suffix(".partial")
-            trainer.save_checkpoint(partial_path)
-            partial_path.replace(self.path)
+            try:
+                trainer.save_checkpoint(partial_path)
+                partial_path.replace(self.path)
+            except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+                raise UserError(
+                    f"cannot write {self.path}: {str(error).splitlines()[0]}; free space or choose another --runs"
+                ) from None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher_forwards": self.teacher_forwards, "seconds": self.spent_before + time.monotonic() - self.started}
+        return {
+            "teacher_forwards": self.teacher_forwards,
+            "seconds": self.spent_before + time.monotonic() - self.started,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher_forwards, self.spent_before = state["teacher_forwards"], state["seconds"]
@@ -200,5 +211,3 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
-
-

@@ -25,7 +25,9 @@ from benchmark.runner import Progress, default_device, execute, open_task
 from benchmark.store import Store
 
 
-def run(name: str, data: Path | None, store: Store, jobs: int, progress: Progress | None = None) -> list[dict[str, Any]]:
+def run(
+    name: str, data: Path | None, store: Store, jobs: int, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Measure the diagonal of every candidate; returns and writes one row per candidate and seed."""
     folder = protocols.find(name).parent
     path = folder / "trials.yaml"
@@ -36,20 +38,23 @@ def run(name: str, data: Path | None, store: Store, jobs: int, progress: Progres
         protocol = protocols.load(folder, overrides)
         task = open_task(protocol, data, default_device())
         plans = [
-            build(protocol, MethodRun.of("Independent"), seed, task.fingerprint, split="validation") for seed in wanted["seeds"]
+            build(protocol, MethodRun.of("Independent"), seed, task.fingerprint, split="validation")
+            for seed in wanted["seeds"]
         ]
         execute(plans, task, store, jobs=jobs, progress=progress)
         for plan in plans:
             diagonal = [plan.cells[t, t] for t in range(len(protocol.releases))]
             scores = [store.read_json(node, "scores.json") for node in diagonal if node is not None]
-            rows.append({
-                "candidate": candidate,
-                "overrides": overrides,
-                "seed": plan.seed,
-                "split": "validation",
-                "diagonal": {s: [cell[s][protocol.primary_metric] for cell in scores] for s in scores[0]},
-                "map": [cell["all"]["map"] for cell in scores],
-            })
+            rows.append(
+                {
+                    "candidate": candidate,
+                    "overrides": overrides,
+                    "seed": plan.seed,
+                    "split": "validation",
+                    "diagonal": {s: [cell[s][protocol.primary_metric] for cell in scores] for s in scores[0]},
+                    "map": [cell["all"]["map"] for cell in scores],
+                }
+            )
     (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

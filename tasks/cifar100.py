@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from benchmark.errors import UserError
 from benchmark.task import ImageRetrieval, ImageSet
 
+FOLDER = "cifar-100-python"
 FILES = {"train": 50_000, "test": 10_000}
 
 
@@ -34,19 +36,32 @@ class Cifar100(ImageRetrieval):
             sets.append(ImageSet(images.contiguous(), labels))
         return list(parts["train"].classes), sets[0], sets[1]
 
-    def _open(self, split: str):  # type: ignore[no-untyped-def]
-        from torchvision.datasets import CIFAR100
+    @classmethod
+    def missing(cls, root: Path | None) -> str | None:
+        """What is not there yet, without downloading it, for `compatbench doctor`; None if all files are."""
+        here = Path(root or "data") / FOLDER
+        absent = [name for name in ("train", "test", "meta") if not (here / name).is_file()]
+        if not absent:
+            return None
+        return (
+            f"cifar100: {here} lacks {', '.join(absent)}; a run downloads them (169 MB), or put train, test and meta of "
+            "cifar-100-python.tar.gz there, or give another folder with --data"
+        )
 
-        root = Path(self.root or "data")
-        self.root = root
-        here = root / CIFAR100.base_folder
+    def _open(self, split: str) -> Any:
+        from torchvision.datasets import CIFAR100
+        from torchvision.datasets.utils import check_integrity
+
+        self.root = root = Path(self.root or "data")
+        here = root / FOLDER
         try:
-            if all((here / name).is_file() for name in ("train", "test", "meta")):
-                return CIFAR100(root, train=split == "train")  # checks the MD5 of every file
-            return CIFAR100(root, train=split == "train", download=True)
+            return CIFAR100(root, train=split == "train", download=self.missing(root) is not None)  # checks the MD5s
         except RuntimeError:
+            hashes = {**dict(CIFAR100.train_list), **dict(CIFAR100.test_list), "meta": CIFAR100.meta["md5"]}
+            wrong = [str(here / name) for name, md5 in hashes.items() if not check_integrity(here / name, md5)]
             raise UserError(
-                f"cifar100: a file under {here} differs from the published one (MD5); remove it and download it again"
+                f"cifar100: {', '.join(wrong) or here}: not as published (MD5), so short, changed or missing; remove {here} and "
+                "run again to download it whole, or put the original there"
             ) from None
         except OSError as error:
             raise UserError(

@@ -113,7 +113,7 @@ def test_ties_count_against_us_and_single_query():
 
 
 def test_own_item_is_excluded_across_models_by_id_alone():
-    """Models of different quality embed one list; the gallery is stored in another order and the label of one differs."""
+    """Two models embed one list; the gallery is stored in another order and one label differs."""
     n = 90
     new, old, y = noise(n, 16), noise(n, 16, 1), labels(n, 5)
     ids = torch.randperm(10**6, generator=torch.Generator().manual_seed(3))[:n] - 500_000
@@ -149,7 +149,7 @@ def test_bits_do_not_depend_on_order_chunks_shards_or_blocks(tied, similarity, b
             for r in move.tensor_split(parts)
         ]
         assert_equal(rank_sharded(shards), expected)
-    blocks = [Block(r, q, g[r]) for r in move.tensor_split(3)]
+    blocks = [Block(r, q, g[r]) for r in (move[:0], move[:150], move[150:])]  # the first one has no item
     assert_equal(Cell(blocks, ql, gl, qi, gi, **options).rank(), expected)
 
 
@@ -193,18 +193,26 @@ def test_look_up_equals_comparison_where_bins_are_of_no_help(case):
 def test_inputs_of_any_float_and_integer_kind_give_the_same_ranking(tied):
     q, g, ql, gl, qi, gi = tied
     expected = rank(q, g, ql, gl, query_ids=qi, gallery_ids=gi)
-    got = rank(q.half().requires_grad_(), g.double(), ql.short(), gl.int(), query_ids=qi.int(), gallery_ids=gi)
+    got = rank(
+        q.half().requires_grad_(),
+        g.double(),
+        ql.to(torch.uint8),
+        gl.to(torch.uint16),
+        query_ids=qi.int(),
+        gallery_ids=gi,
+    )
     assert_equal(got, expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(rank(q, g, ql, gl, query_ids=qi, gallery_ids=gi), expected)
 
 
-def test_matmul_settings_of_the_caller_survive(tied):
-    q, g, ql, gl, _, _ = tied
-    before = torch.get_float32_matmul_precision()
+def test_scores_stay_fp32_and_the_callers_settings_survive():
+    inputs = noise(60, 24), noise(300, 24, 1), labels(60, 5), labels(300, 5, 1)
+    expected, before = rank(*inputs), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        rank(q, g, ql, gl)
+        settings = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_equal(rank(*inputs), expected)
+        assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == settings
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

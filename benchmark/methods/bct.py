@@ -68,7 +68,9 @@ class BCT(Widened):
             losses = self.old_head(z, y.where(known, 0), reduction="none")
         else:
             logits = self.scale * F.normalize(z) @ self.old_head.weight.T  # (B, K)
-            losses = F.cross_entropy(logits, y.where(known, 0), reduction="none", label_smoothing=self.old_head.smoothing)
+            losses = F.cross_entropy(
+                logits, y.where(known, 0), reduction="none", label_smoothing=self.old_head.smoothing
+            )
         return (losses * known).mean()  # a class that the old head lacks contributes 0, as in openBCT
 
 
