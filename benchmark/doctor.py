@@ -311,6 +311,7 @@ def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float,
     The first two steps, which set up kernels and memory, are left out where there are more.
     """
     import lightning
+    import torch
 
     from benchmark import training
     from benchmark.method import Context
@@ -327,7 +328,7 @@ def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float,
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             if task.device.startswith("cuda"):
-                float(outputs["loss"])  # waits for the device
+                torch.cuda.synchronize()
             marks.append(time.perf_counter())
             trainer.should_stop = len(marks) > 3 and marks[-1] - marks[2] > seconds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as pack
 
+from benchmark import statistics
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 
@@ -51,3 +52,29 @@ def matrix(outputs: Outputs, metric: str, mask: NDArray) -> NDArray:
     for t, k in cells:
         C[t, k] = np.nanmean(values(outputs, metric, t, k)[mask])
     return C
+
+
+def lower_bounds(
+    own: Sequence[Outputs], references: Sequence[Sequence[Outputs]], metric: str, mask: NDArray, seed: int
+) -> list[NDArray]:
+    """For each reference a (T, T) matrix: lower ends of the paired 95 % intervals of C[t, k] - reference[k, k].
+
+    One element of `own` and of each reference per seed of the protocol. NaN where a cell is undefined.
+    """
+    labels, releases = own[0]["labels"][mask], len(matrix(own[0], metric, mask))
+    bounds = [np.full((releases, releases), np.nan) for _ in references]
+    gains, places = [], []
+    for bound, reference in zip(bounds, references):
+        for t in range(releases):
+            for k in range(t):
+                if f"first/{t}/{k}" in own[0] and f"first/{k}/{k}" in reference[0]:
+                    pairs = zip(own, reference)
+                    gains.append(
+                        [values(new, metric, t, k)[mask] - values(old, metric, k, k)[mask] for new, old in pairs]
+                    )
+                    places.append((bound, t, k))
+    if gains:  # in one call, as the resamples are most of the cost
+        lower = np.quantile(statistics.bootstrap_means(np.array(gains), labels, seed=seed), 0.025, axis=0)
+        for (bound, t, k), value in zip(places, lower):
+            bound[t, k] = value
+    return bounds

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark import __version__, catalog, compatibility, outputs, statistics
+from benchmark import __version__, catalog, compatibility, outputs, training
 from benchmark.errors import UserError
 from benchmark.files import sha256_file, write_bytes
 from benchmark.plan import Node, Plan
@@ -131,7 +131,7 @@ def publish(record: Record, path: Path) -> Path:
 def summarise(plan: Plan, own: outputs.Outputs, bound: outputs.Outputs, matrices: Any, bounds: Any) -> dict[str, Any]:
     """metric -> stratum -> what `compatibility.summary` says, with flips of the primary metric's hits per cross cell."""
     before = bound if plan.mode == "pairwise" else own  # the releases that filled the galleries
-    masks, labels = outputs.strata(own), own["labels"]
+    masks = outputs.strata(own)
     seed = derive_seed(plan.seed, "bootstrap")
     result: dict[str, Any] = {}
     for metric in METRICS:
@@ -139,9 +139,7 @@ def summarise(plan: Plan, own: outputs.Outputs, bound: outputs.Outputs, matrices
         for stratum, mask in masks.items():
             C, independent = (np.array(m[metric][stratum], dtype=float) for m in (matrices, bounds))
             old_old = np.diag(independent) if plan.mode == "pairwise" else None
-            lower_own, lower_bound = (
-                lower_bounds(own, reference, metric, labels, mask, len(C), seed) for reference in (before, bound)
-            )
+            lower_own, lower_bound = outputs.lower_bounds([own], [[before], [bound]], metric, mask, seed)
             entry = compatibility.summary(
                 C, independent, old_old=old_old, lower_own=lower_own, lower_independent=lower_bound
             )
@@ -161,19 +159,6 @@ def flips(own: Mapping, old: Mapping, metric: str, mask: np.ndarray, t: int, k: 
     kept = ~np.isnan(before)
     found = compatibility.flips(before[kept] == 1, after[kept] == 1)
     return {"positive": found.positive, "negative": found.negative}
-
-
-def lower_bounds(
-    own: Mapping, reference: Mapping, metric: str, labels: np.ndarray, mask: np.ndarray, releases: int, seed: int
-) -> np.ndarray:
-    """(T, T) lower ends of the paired 95 % intervals of C[t, k] - reference[k, k], this seed alone; NaN where undefined."""
-    bounds = np.full((releases, releases), np.nan)
-    for t in range(releases):
-        for k in range(t):
-            if f"first/{t}/{k}" in own and f"first/{k}/{k}" in reference:
-                gain = outputs.values(own, metric, t, k) - outputs.values(reference, metric, k, k)
-                bounds[t, k] = statistics.bootstrap(gain[None, mask], labels[mask], seed=seed).lower
-    return bounds
 
 
 def method_info(plan: Plan) -> MethodInfo:
@@ -209,16 +194,16 @@ def release_info(node: Node, task: Task, store: Store) -> ReleaseInfo:
 
 def cost(plan: Plan, task: Task, store: Store) -> Cost:
     trained = {n.id: store.read_json(n, "train.json") for n in row_nodes(plan) if n.kind in ("train", "frozen")}
-    own = [trained[node.id] for node in plan.releases]
+    sizes = [training.size(node, task) for node in plan.releases]
     views = [plan.method.cls.query_views(t, k) for t, k in plan.cells]
     return Cost(
         training_images=sum(facts["images_seen"] for facts in trained.values()),
         teacher_forwards=sum(facts["teacher_forwards"] for facts in trained.values()),
-        trained_parameters=[facts["parameters"] for facts in own],
-        released_parameters=[facts["released_parameters"] for facts in own],
+        trained_parameters=[size.trained_parameters for size in sizes],
+        released_parameters=[size.released_parameters for size in sizes],
         bytes_per_item=[4 * node.spec["dim"] for node in plan.releases],
         query_encoders=max(len({release for release, _ in view}) for view in views),
-        query_multiply_adds=[facts["multiply_adds"] for facts in own],
+        query_multiply_adds=[size.multiply_adds for size in sizes],
         items_reembedded=0,
         vectors_rewritten=0,
     )

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch.nn.utils import parametrize
 
 from benchmark import catalog
 from benchmark.embeddings import Link
@@ -127,9 +128,6 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
         "images_seen": images,
         "steps": trainer.global_step,
         "teacher_forwards": epochs.teacher_forwards,
-        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-        "released_parameters": sum(p.numel() for p in encoder.network.parameters()),
-        "multiply_adds": _multiply_adds(encoder, batches),
         "recipe": to_json(recipe),
         "deviates": recipe != context.release.recipe,
     }
@@ -194,16 +192,33 @@ def _fingerprint(encoder: Encoder) -> list[float]:
     return [float(value.double().sum()) for value in encoder.state_dict().values()]
 
 
-def _multiply_adds(encoder: Encoder, batches: Any) -> int:
-    """Multiply-adds of embedding one item, counted by torch on the matmuls and convolutions."""
+class Size(NamedTuple):
+    """What a release's network is, known without training it."""
+
+    trained_parameters: int
+    released_parameters: int
+    multiply_adds: int  # of embedding one item, counted by torch on matmuls and convolutions
+
+
+def size(node: Node, task: Task) -> Size:
+    """Size of the network of a `train` or `frozen` node."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    batch = next(iter(batches))
-    dtype = next(encoder.network.parameters()).dtype
-    x = {name: value[:1].to(dtype) if value.is_floating_point() else value[:1] for name, value in batch.x.items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder.to(batch.x["image"].device)(x)
-    return counter.get_total_flops() // 2
+    with torch.random.fork_rng(devices=[]):
+        method = build(node, Context(**bare_context(node.spec, task)))
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)  # before `released` freezes them
+    encoder = method.released()
+    x = {name: value[:1].cpu() for name, value in next(iter(task.item_loader("test", "query"))).x.items()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer hides its products from the counter
+    try:
+        with parametrize.cached(), torch.no_grad():
+            encoder(x)  # orthogonal weights are constants of a released model: made here, not counted below
+            with FlopCounterMode(display=False) as counter:
+                encoder(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return Size(trained, sum(p.numel() for p in encoder.network.parameters()), counter.get_total_flops() // 2)
 
 
 def _quiet() -> None:

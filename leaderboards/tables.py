@@ -76,19 +76,6 @@ def checked(file: Path, one: Record) -> outputs.Outputs:
     return arrays
 
 
-def lower_bounds(row: Row, reference: Row, metric: str, stratum: str) -> NDArray:
-    """(T, T) lower ends of the paired 95 % intervals of C[t, k] - reference[k, k] over seeds, classes and queries."""
-    mask, labels = outputs.strata(row.outputs[0])[stratum], row.outputs[0]["labels"]
-    releases = len(row.records[0].releases)
-    bounds = np.full((releases, releases), np.nan)
-    for t in range(releases):
-        for k in range(t):
-            if f"first/{t}/{k}" in row.outputs[0] and f"first/{k}/{k}" in reference.outputs[0]:
-                gain = row.values(metric, t, k) - reference.values(metric, k, k)
-                bounds[t, k] = statistics.bootstrap(gain[:, mask], labels[mask], seed=0).lower
-    return bounds
-
-
 def independent_row(folder: Path, found: Sequence[Row]) -> Row:
     """The bounds of every table."""
     for row in found:
@@ -110,6 +97,7 @@ def upgrades(row: Row, metric: str) -> dict[str, statistics.Interval]:
 def table(folder: Path, found: Sequence[Row], metric: str, stratum: str = "all") -> str:
     """Markdown: one line a method, cells in percent as mean of the seeds, ✓ where a cross cell counts for AC95."""
     independent = independent_row(folder, found)
+    mask = outputs.strata(found[0].outputs[0])[stratum]
     releases = len(found[0].records[0].releases)
     pairs = [(t, k) for t in range(releases) for k in range(t + 1)]
     head = ["method", "bytes/item", *(f"{t + 1}→{k + 1}" if k < t else f"{t + 1}/{t + 1}" for t, k in pairs)]
@@ -118,7 +106,7 @@ def table(folder: Path, found: Sequence[Row], metric: str, stratum: str = "all")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in found:
         C = row.mean(metric, stratum)
-        own, over = lower_bounds(row, row, metric, stratum), lower_bounds(row, independent, metric, stratum)
+        own, over = outputs.lower_bounds(row.outputs, [row.outputs, independent.outputs], metric, mask, seed=0)
         said = compatibility.summary(C, bound, lower_own=own, lower_independent=over)
         gain, drop = said["mean_update_gain"], [x for x in said["new_to_new_drop"][1:] if x is not None]
         flips = [f["negative"] for one in row.records for f in one.summary[metric][stratum].get("flips", {}).values()]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def only(checks: list[Check], status: str) -> Check:
 
 
 def shown(checks: list[Check]) -> str:
-    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=100, file=io.StringIO())
     console.print(doctor.render(checks))
-    return console.export_text()
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_sound_machine_and_protocol(leaderboards: Path) -> None:
@@ -68,25 +68,25 @@ def test_a_sound_machine_and_protocol(leaderboards: Path) -> None:
     text = "\n".join(check.text for check in checks)
     for word in ("cores usable", "memory", "disk", "Python 3.", "torch ", "lightning ", "1 of 1 frozen", "fingerprint"):
         assert word in text
-    assert "162, 255, 848 training images" in text and "363 queries against 357" in text
-    assert "release 0 frozen" in text and "of 105 steps timed" in text  # 15 epochs of 7 steps
+    assert "training images by release" in text and "release 0 frozen" in text
+    second = protocol.load(leaderboards).releases[1].recipe
+    assert f"of {second.epochs * (255 // second.batch_size)} steps timed" in text  # it trains on 255 images
     table = shown(checks)
     assert "digits@1" in table and "steps timed" in " ".join(table.split())
 
 
-def test_steps_are_timed_as_they_are_trained(leaderboards: Path) -> None:
-    """The estimate for a whole short training is near the time of that training."""
+def test_a_moment_of_training_tells_the_whole(tmp_path: Path) -> None:
+    """Against the same release trained to its end; the factor allows for a busy machine."""
     from benchmark.plan import MethodRun, build
     from benchmark.runner import open_task
 
     found = protocol.load(DIGITS)
     task = open_task(found, None, "cpu")
-    node = build(found, MethodRun.of("Independent"), 0, task.fingerprint).releases[2]
-    per_step, timed, steps = doctor.time_steps(node, task, seconds=0.3)
-    assert steps == found.releases[2].recipe.epochs * (848 // 32) and 1 <= timed < steps
-    started = time.perf_counter()
-    _, timed, _ = doctor.time_steps(node, task, seconds=0.3)
-    assert 0.2 < timed * per_step < 4 * (time.perf_counter() - started)
+    node = build(found, MethodRun.of("Independent"), 0, task.fingerprint).releases[1]
+    per_step, timed, steps = doctor.time_steps(node, task, seconds=0.1)
+    whole, all_timed, _ = doctor.time_steps(node, task, seconds=1e9)
+    assert 1 <= timed < all_timed == steps - 2
+    assert whole / 4 < per_step < whole * 4
 
 
 def test_missing_data_are_a_warning_with_the_way_out(tmp_path: Path) -> None:

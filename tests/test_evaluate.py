@@ -106,13 +106,14 @@ def test_every_kind_of_array_gives_the_same(world: World) -> None:
     words = np.array(["ash", "birch", "cedar", "elm", "fir", "gum", "hazel", "ivy"])
     frozen = q.copy()
     frozen.flags.writeable = False
-    for a, b, c, d in [
+    kinds: list[tuple[Any, Any, Any, Any]] = [
         (torch.tensor(q), torch.tensor(g, requires_grad=True), torch.tensor(world.ql), world.gl.astype(np.uint8)),
         (q.astype(">f4"), np.asfortranarray(g), world.ql.astype(">i8"), list(world.gl)),
         (q.tolist(), g.tolist(), world.ql.tolist(), world.gl.tolist()),
         (frozen, g[::-1][::-1], words[world.ql], list(words[world.gl])),
         (q, g, words[world.ql].astype(object), words[world.gl].astype("S")),
-    ]:
+    ]
+    for a, b, c, d in kinds:
         close(evaluate(a, b, c, d), {name: expected[name] for name in ("cmc@1", "map", "queries")})
 
 
@@ -247,6 +248,10 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
+def cut(path: Path) -> Path:
+    return written(path, path.read_bytes()[:-8])
+
+
 def tensors(path: Path, **arrays: np.ndarray) -> Path:
     save_file(arrays, path)
     return path
@@ -267,14 +272,17 @@ CASES = {  # name -> (the call in an empty folder, words that the one line must 
     ),
     "empty .npy": (lambda d: evaluate(written(d / "q.npy", b""), ones, y, y), ["q.npy", "cannot be read"]),
     "cut .npy": (
-        lambda d: evaluate(written(d / "c.npy", saved(d / "q.npy", ones).read_bytes()[:-8]), ones, y, y),
+        lambda d: evaluate(cut(saved(d / "c.npy", ones)), ones, y, y),
         ["c.npy", "cannot be read"],
     ),
     "cut safetensors": (
-        lambda d: evaluate(written(d / "c.safetensors", tensors(d / "q.safetensors", embeddings=ones).read_bytes()[:-8]), ones, y, y),
+        lambda d: evaluate(cut(tensors(d / "c.safetensors", embeddings=ones)), ones, y, y),
         ["c.safetensors", "cannot be read"],
     ),
-    "safetensors without embeddings": (lambda d: evaluate(tensors(d / "q.safetensors", vectors=ones), ones, y, y), ["'embeddings'", "vectors"]),
+    "safetensors without embeddings": (
+        lambda d: evaluate(tensors(d / "q.safetensors", vectors=ones), ones, y, y),
+        ["'embeddings'", "vectors"],
+    ),
     "safetensors without labels": (lambda d: evaluate(ones, ones, tensors(d / "q.safetensors", ids=y), y), ["'labels'", "ids"]),
     "no labels": (lambda d: evaluate(saved(d / "q.npy", ones), ones, None, y), ["no labels for", "q.npy", "query_labels"]),
     "labels of another length": (
@@ -291,17 +299,26 @@ CASES = {  # name -> (the call in an empty folder, words that the one line must 
     "NaN": (lambda d: evaluate(ones, saved(d / "g.npy", nan), y, y), ["g.npy", "NaN", "row 2"]),
     "infinite": (lambda d: evaluate(nan * np.inf, ones, y, y), ["queries", "infinity"]),
     "zero vectors": (lambda d: evaluate(saved(d / "q.npy", zero), ones, y, y), ["q.npy", "zero vectors", "row 1"]),
-    "integers": (lambda d: evaluate(saved(d / "q.npy", ones.astype(int)), ones, y, y), ["q.npy", "floats", "int64 of shape (4, 3)"]),
+    "integers": (
+        lambda d: evaluate(saved(d / "q.npy", ones.astype(int)), ones, y, y),
+        ["q.npy", "floats", "int64 of shape (4, 3)"],
+    ),
     "one dimension": (lambda d: evaluate(ones[0], ones, y, y), ["queries", "(N, D)", "(3,)"]),
     "text": (lambda d: evaluate(np.array(list("ab")), ones, y, y), ["queries", "(N, D)"]),
     "no rows": (lambda d: evaluate(ones, ones[:0], y, y[:0]), ["gallery", "non-empty", "(0, 3)"]),
-    "unequal dims": (lambda d: evaluate(ones, saved(d / "g.npy", ones[:, :2]), y, y), ["queries has 3 dims", "g.npy has 2", "truncate"]),
+    "unequal dims": (
+        lambda d: evaluate(ones, saved(d / "g.npy", ones[:, :2]), y, y),
+        ["queries has 3 dims", "g.npy has 2", "truncate"],
+    ),
     "unknown similarity": (lambda d: evaluate(ones, ones, y, y, similarity="dot"), ["similarity", "'dot'"]),  # type: ignore[arg-type]
     "k of 0": (lambda d: evaluate(ones, ones, y, y, ks=(0,)), ["ks", "(0,)"]),
     "half an upgrade": (lambda d: evaluate(ones, ones, y, y, old_gallery=ones), ["old_queries and old_gallery"]),
     "no releases": (lambda d: evaluate_matrix([], y, y), ["no releases"]),
     "half a pair": (lambda d: evaluate_matrix([(ones,)], y, y), ["release 0", "pair"]),  # type: ignore[list-item]
-    "another number of items": (lambda d: evaluate_matrix([ones, saved(d / "b.npy", ones[:3])], y), ["b.npy has 3 rows", "same items"]),
+    "another number of items": (
+        lambda d: evaluate_matrix([ones, saved(d / "b.npy", ones[:3])], y),
+        ["b.npy has 3 rows", "same items"],
+    ),
     "labels that disagree": (
         lambda d: evaluate_matrix(
             [tensors(d / "a.safetensors", embeddings=ones, labels=y), tensors(d / "b.safetensors", embeddings=ones, labels=1 - y)]

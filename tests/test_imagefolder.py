@@ -309,7 +309,9 @@ def without(name: str) -> Any:
     return lambda root: shutil.rmtree(root / name)
 
 
-CASES = {  # name -> (what happens to a good folder, other task_args, words that the one line must hold)
+CASES: dict[
+    str, tuple[Any, dict[str, Any], list[str]]
+] = {  # name -> (what happens to a good folder, other task_args, words that the one line must hold)
     "truncated PNG": (truncated, {}, ["cedar/2.png", "decoded", "repair or remove", "skip_corrupt"]),
     "truncated JPEG": (truncated_jpeg, {}, ["elm/2.jpg", "truncated", "repair or remove"]),
     "not an image": (not_an_image, {}, ["ash/x.jpg", "remove"]),
