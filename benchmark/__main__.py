@@ -129,7 +129,7 @@ def make_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--queries", type=Path, required=True, help="(N, D); a safetensors file may hold labels and ids too"
     )
-    evaluate.add_argument("--gallery", type=Path, required=True, help="(M, D)")
+    evaluate.add_argument("--gallery", type=Path, help="(M, D); without it every query searches all others")
     evaluate.add_argument("--query-labels", type=Path)
     evaluate.add_argument("--gallery-labels", type=Path)
     evaluate.add_argument("--query-ids", type=Path, help="with gallery ids: an item never retrieves itself")
@@ -143,13 +143,13 @@ def make_parser() -> ArgumentParser:
 
 
 def command_run(args: Namespace) -> None:
-    from rich.console import Console
+    from rich import get_console
 
     protocol = protocols.load(args.protocol, args.override)
     names = [name for item in args.method for name in item.split(",")]
     if "all" in names:
         names = list(catalog.entries("method"))
-    run_protocol(Console(), protocol, names, chosen_seeds(protocol, args.seed), args)
+    run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
 
 
 def chosen_seeds(protocol: protocols.Protocol, asked: Sequence[str]) -> list[int]:
@@ -218,7 +218,7 @@ def record_folder(args: Namespace, plan: Plan) -> Path:
     from benchmark.protocol import digest
 
     name = plan.method.name
-    if catalog.method(name)[1] != dict(plan.method.hyperparameters):
+    if plan.method.settings == "custom":
         name += "+" + digest(plan.method.hyperparameters)[:6]
     marks = (
         [plan.mode] * (plan.mode != "chain")
@@ -239,10 +239,10 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def command_list(args: Namespace) -> None:
-    from rich.console import Console
+    from rich import get_console
     from rich.table import Table
 
-    console = Console()
+    console = get_console()  # the one that progress bars elsewhere nest under
     if args.what in ("methods", "all"):
         table = Table("method", "what it is", "variants")
         for entry in catalog.entries("method").values():
@@ -284,9 +284,9 @@ def _verbose(console: Any) -> None:
 
 
 def command_doctor(args: Namespace) -> int:
-    from rich.console import Console
+    from rich import get_console
 
-    console = Console()
+    console = get_console()
     with console.status("checking machine, packages, data"):
         from benchmark import doctor
 
@@ -296,7 +296,7 @@ def command_doctor(args: Namespace) -> int:
 
 
 def command_show(args: Namespace) -> None:
-    from rich.console import Console
+    from rich import get_console
 
     from benchmark import plots, record
 
@@ -314,7 +314,7 @@ def command_show(args: Namespace) -> None:
         raise unknown("metric", metric, known)
     if args.stratum not in known[metric]:
         raise unknown("stratum", args.stratum, known[metric])
-    console = Console()
+    console = get_console()
     if len(records) == 1:
         console.print(plots.terminal(records[0], metric, [args.stratum]))
     console.print(plots.summary_table(records, metric, args.stratum))
@@ -324,9 +324,9 @@ def command_show(args: Namespace) -> None:
 
 
 def command_evaluate(args: Namespace) -> None:
-    from rich.console import Console
+    from rich import get_console
 
-    console = Console()
+    console = get_console()
     with console.status("counting"):
         from benchmark.evaluate import evaluate
 
@@ -347,9 +347,9 @@ def command_evaluate(args: Namespace) -> None:
 
 
 def command_demo(args: Namespace) -> None:
-    from rich.console import Console
+    from rich import get_console
 
-    console = Console()
+    console = get_console()
     protocol = protocols.load("digits@1")
     options = Namespace(
         set=[], override=[], runs=args.runs, data=None, device="cpu", mode="chain", split="test", jobs=1, threads=None,

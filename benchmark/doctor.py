@@ -245,7 +245,7 @@ def protocol(name: str, data: Path | None, usable: bool = True) -> Iterator[Chec
         yield Check(found.id, "warning", "data not looked at", "mend the packages first")
         return
     try:
-        absent = getattr(catalog.load("task", found.task), "missing", lambda root: None)(data)
+        absent = catalog.load("task", found.task).missing(data)
         if absent:
             yield Check(found.id, "warning", f"data missing: {absent}")
             return

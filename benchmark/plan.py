@@ -49,11 +49,14 @@ class MethodRun:
     name: str
     cls: type[Method]
     hyperparameters: Mapping[str, Any]
+    settings: Literal["paper", "custom"]  # "paper": the method's own defaults, or a variant that it names
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any] | None = None) -> MethodRun:
-        method, hyperparameters = catalog.method(name, given)
-        return cls(name if name in catalog.names("method") else method.__name__, method, hyperparameters)
+        method, default = catalog.method(name)
+        _, hyperparameters = catalog.method(name, given)
+        shown = name if name in catalog.names("method") else method.__name__
+        return cls(shown, method, hyperparameters, "paper" if hyperparameters == default else "custom")
 
 
 @dataclass(frozen=True)

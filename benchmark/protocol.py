@@ -156,6 +156,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Protocol:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    data = json.loads(json.dumps(data))  # without YAML's anchors, or an override of one release would change another
     for override in overrides:
         _override(data, override)
     try:

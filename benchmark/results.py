@@ -163,14 +163,11 @@ def flips(own: Mapping, old: Mapping, metric: str, mask: np.ndarray, t: int, k: 
 
 def method_info(plan: Plan) -> MethodInfo:
     cls, run = plan.method.cls, plan.method
-    _, default = catalog.method(
-        run.name if run.name in catalog.names("method") else f"{cls.__module__}.{cls.__qualname__}"
-    )
     return MethodInfo(
         name=run.name,
         reference=f"{cls.__module__}.{cls.__qualname__}",
         hyperparameters=to_json(run.hyperparameters),
-        settings="paper" if dict(run.hyperparameters) == default else "custom",
+        settings=run.settings,
         source_sha256=catalog.source_digest(cls),
         mode=plan.mode,
     )

@@ -43,6 +43,11 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """Hash of item lists and labels, as the protocol splits them."""
 
+    @classmethod
+    def missing(cls, root: Path | None) -> str | None:
+        """What of the data is not under `root`, and how to get it, without downloading anything; None if all is there."""
+        return None
+
     @abstractmethod
     def train_loader(self, t: int, view: str, seed: int, batch_size: int = 1000) -> Iterable[Batch]:
         """Training images of release `t`. Views: "train" (shuffled, augmented, the recipe's batch size), "two_views"
@@ -188,11 +193,13 @@ class ImageRetrieval(Task):
     def train_index(self, t: int) -> Tensor:
         """Positions, in the source's training part, of the images that release `t` is trained on."""
         share, parts = self.protocol.releases[t].samples, []
-        for members in self.by_class["train"][: self.classes(t)]:
+        for name, members in zip(self.train_classes[: self.classes(t)], self.by_class["train"]):
             usable = len(members) - self.heldout
             count = round(share * usable)
             if count < 1:
-                raise UserError(f"{self.name}: release {t} would train on no image of some class (samples = {share})")
+                raise UserError(
+                    f"{self.name}: release {t} would train on no image of class '{name}' (samples = {share})"
+                )
             parts.append(members[:count])
         return torch.cat(parts)
 
@@ -245,7 +252,7 @@ class ImageRetrieval(Task):
         return digest([names, lists, {split: self._pixels(split) for split in self.sets}])
 
     def _pixels(self, split: str) -> str:
-        return hashlib.sha256(self.sets[split].images.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.sets[split].images.contiguous().numpy().data).hexdigest()
 
     def strata(self, labels: Tensor) -> dict[str, Tensor]:
         """Masks over items with `labels`: fixed over the whole matrix, so that its cells compare the same queries."""

@@ -92,6 +92,8 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
     context = Context(**bare, encoders=encoders, means=means, embeddings=embeddings, loader=loader)
     method = build(node, context)
     recipe = method.recipe(context.release.recipe)
+    if recipe.precision == "64-true":
+        method.double()  # Lightning does so too, but only after it has read the checkpoint's weights into float32
     before = {name: _fingerprint(encoder) for name, encoder in encoders.items()}
     checkpoint = store.folder(node) / ".last.ckpt"
     epochs = EpochEnd(checkpoint, node.label, report, recipe.epochs)

@@ -291,7 +291,7 @@ CASES = {
         ["release 1", "11", "8"],
     ),
     "class that the data lack": (
-        lambda runs, tmp: arguments(tmp, "--override", "task_args.classes=[3, x]"),
+        lambda runs, tmp: arguments(tmp, "--override", "task_args.classes=['3', x]"),
         ["x"],
     ),
     "missing data": (
@@ -426,5 +426,7 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path) -> None:
 def test_safetensors_are_evaluated_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"embeddings": np.eye(4, dtype=np.float32), "labels": np.arange(4)}, tmp_path / "q.safetensors")
     path = str(tmp_path / "q.safetensors")
-    assert main(["evaluate", "--queries", path, "--gallery", path, "--json"]) == 0
+    turned = {"embeddings": np.eye(4, dtype=np.float32)[::-1].copy(), "labels": np.arange(4)[::-1].copy()}
+    save_file(turned, tmp_path / "g.safetensors")
+    assert main(["evaluate", "--queries", path, "--gallery", str(tmp_path / "g.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cmc@1"] == 1.0
