@@ -51,8 +51,14 @@ def _prototype_head(protocol: Protocol, t: int, rows: torch.Tensor) -> Head:
 
 
 def build(node: Node, context: Context) -> Method:
+    """The method with its start weights, drawn in float64 where it trains so: no rounding to float32 on any way."""
     cls = catalog.load("method", node.spec["method"])
-    return cls(context, **node.spec["hyperparameters"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if context.release.recipe.precision == "64-true" else torch.float32)
+    try:
+        return cls(context, **node.spec["hyperparameters"])
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_released(node: Node, task: Task, store: Store) -> tuple[Encoder, Link]:
@@ -209,7 +215,7 @@ def size(node: Node, task: Task) -> Size:
     with torch.random.fork_rng(devices=[]):
         method = build(node, Context(**bare_context(node.spec, task)))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)  # before `released` freezes them
-    encoder = method.released()
+    encoder = method.released().float()
     x = {name: value[:1].cpu() for name, value in next(iter(task.item_loader("test", "query"))).x.items()}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer hides its products from the counter
