@@ -181,6 +181,7 @@ def run_protocol(
         from benchmark.plan import MethodRun, build
         from benchmark.runner import default_device, execute, open_task
         from benchmark.store import Store
+    tracking.check(args.wandb)
     methods = [MethodRun.of(name, given) for name in names]
     store = Store(args.runs)
     with console.status(f"reading the data of {protocol.task}"):

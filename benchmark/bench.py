@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     for step in steps:
         times = ", ".join(f"{how} {1e3 * median(step[how]):.2f} ms" for how in ("by_hand", "by_trainer"))
         console.print(f"Training step on {step['device']}: {times}, median ratio {step['ratio']:.3f}")
-    console.print("Targets of DESIGN.md 6" + (" (tiny shapes: no verdict)" if options.quick else ""))
+    console.print("Targets" + (" (tiny shapes: no verdict)" if options.quick else ""))
     targets = judge([cell["rows"] for cell in cells], steps)
     for target in targets:
         console.print(f"  {'met' if target['met'] else 'NOT met':7}  {target['target']}: {target['measured']:.3g}")

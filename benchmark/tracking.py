@@ -25,7 +25,9 @@ def check(mode: Mode | None) -> None:
         UserError: online was asked for, here or by WANDB_MODE, and there is no key.
     """
     if (mode or _asked_mode()) == "online" and not _has_key():
-        raise UserError("--wandb online finds no valid API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline")
+        raise UserError(
+            "--wandb online finds no valid API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline"
+        )
 
 
 def log(record: Record, path: Path, mode: Mode | None, directory: Path) -> Path | None:

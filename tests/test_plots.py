@@ -20,8 +20,8 @@ from benchmark.protocol import digest
 from benchmark.record import Record
 
 METRIC = "cmc@1"
-OWN = [[0.5, None, None], [0.625, 0.75, None], [0.25, None, 0.875]]  # 2 -> 0 fails, 2 -> 1 is undefined
-INDEPENDENT = [[0.5, None, None], [0.0625, 0.7, None], [0.03, 0.04, 0.9]]
+OWN: list[list] = [[0.5, None, None], [0.625, 0.75, None], [0.25, None, 0.875]]  # 2 -> 0 fails, 2 -> 1 is undefined
+INDEPENDENT: list[list] = [[0.5, None, None], [0.0625, 0.7, None], [0.03, 0.04, 0.9]]
 
 
 def made(
@@ -177,18 +177,18 @@ def test_terminal_shows_numbers_and_marks_without_colour() -> None:
 
 
 def test_summary_fits_eighty_columns_and_says_more_in_wide_terminals(columns: Any) -> None:
-    own = [[0.5, None, None], [0.6, 0.75, None], [0.55, 0.7, 0.875]]
+    own = [[0.5, None, None], [0.6, 0.75, None], [0.55, 0.7, 0.87]]
     records = [made(own), made(INDEPENDENT, "Independent")]
     columns(80)
     text = shown(plots.summary_table(records, METRIC), 80)
-    assert "…" not in text and "oracle" not in text
+    assert "…" not in text and "train s" not in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["BCT"]).split()
     # gains: (60 - 50) / (70 - 50), (55 - 50) / (90 - 50), (70 - 75) / (90 - 75)
     gain = (10 / 20 + 5 / 40 - 5 / 15) / 3
-    assert row[1:4] == ["50.0", "55.0", "87.5"] and row[4:8] == ["67", "66.2", f"{100 * gain:+.0f}", "-2.5"]
+    assert row[1:4] == ["50.0", "55.0", "87.0"] and row[4:8] == ["67", "66.2", f"{100 * gain:+.0f}", "-3.0"]
     columns(120)
     text = shown(plots.summary_table(records, METRIC), 120)
-    assert "…" not in text and "AC95" in text and "1,234" in text
+    assert "…" not in text and "AC95" in text and "train s" in text and "1,234" in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["BCT"]).split()
     assert row[4] == "90.0"  # the oracle
 
