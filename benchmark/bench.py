@@ -251,7 +251,7 @@ def lightning_overhead(device: str, steps: int, pairs: int, progress: Progress) 
 
 
 def judge(cells: list[list[dict]], steps: list[dict]) -> list[dict[str, Any]]:
-    """The targets of DESIGN.md 6 that are measured here; those of a contender that failed are left out."""
+    """The targets, as far as they are measured here; those of a contender that failed are left out."""
     small, large = ({r["name"]: r for r in rows if r["device"] == "cpu" and "ratio" in r} for rows in cells)
     apart = [r["difference"] for rows in cells for r in rows if r.get("difference") is not None]
     wanted = [  # what, where, key, bound; ratios are of seconds over ours

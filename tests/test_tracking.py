@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,10 @@ class Offline:
 
 
 def log_offline(one: Record, directory: Path, mode: tracking.Mode | None = "offline") -> Offline:
-    from wandb.proto import wandb_internal_pb2
-
     files = tracking.log(one, PATH, mode, directory)
     assert files is not None
-    (log,) = files.parent.glob("*.wandb")
     read = Offline(files, {}, {}, {}, None, [])
-    for data in chunks(log.read_bytes()):
-        entry = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        entry.ParseFromString(data)
+    for entry in entries(files):
         for item in entry.history.item:
             read.history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
         for item in entry.summary.update:
@@ -80,11 +76,25 @@ def log_offline(one: Record, directory: Path, mode: tracking.Mode | None = "offl
     return read
 
 
+def entries(files: Path) -> list[Any]:
+    """All of a run's .wandb file. W&B's service may write its end some milliseconds after the run is finished."""
+    from wandb.proto import wandb_internal_pb2
+
+    (log,) = files.parent.glob("*.wandb")
+    late = time.monotonic() + 20
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in chunks(log.read_bytes())]  # type: ignore[attr-defined]
+        if found and found[-1].HasField("exit"):
+            return found
+        assert time.monotonic() < late, "the run's file has no end"
+        time.sleep(0.02)
+
+
 def chunks(data: bytes) -> Iterator[bytes]:
     """The entries of a .wandb file: LevelDB's log format (32 KiB blocks; crc, length, kind) after a header of 7 bytes."""
     at, parts = 7, b""
     while at < len(data):
-        if 32768 - at % 32768 < 7:
+        if 32768 - at % 32768 < 7:  # no room for another head: padding
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
