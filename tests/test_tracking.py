@@ -93,13 +93,14 @@ def entries(files: Path) -> list[Any]:
 def chunks(data: bytes) -> Iterator[bytes]:
     """The entries of a .wandb file: LevelDB's log format (32 KiB blocks; crc, length, kind) after a header of 7 bytes."""
     at, parts = 7, b""
-    while at < len(data):
+    while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no room for another head: padding
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        parts, at = parts + data[at + 7 : at + 7 + length], at + 7 + length
+        if at > len(data):
+            return  # still being written
         if kind in (1, 4):  # whole, or the last part
             yield parts
             parts = b""
