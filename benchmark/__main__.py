@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ DEMO = ("Independent", "BCT", "BT2", "OCA")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake that the one line on stderr names, 130 stopped by Ctrl-C."""
+    warnings.formatwarning = lambda message, *_, **__: f"compatbench: warning: {message}\n"
     try:
         refuse_foreign_modules()
         parser = make_parser()
