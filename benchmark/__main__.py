@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,10 +19,6 @@ from benchmark.errors import UserError, unknown
 if TYPE_CHECKING:
     from benchmark.plan import Plan
     from benchmark.record import Record
-
-# Threads that wait for work sleep instead of spinning: beside any other busy process spinning costs milliseconds at every
-# parallel operation. Read by OpenMP when torch is imported, hence here.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 DEMO = ("Independent", "BCT", "BT2", "OCA")
 
