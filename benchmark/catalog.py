@@ -107,15 +107,22 @@ def hyperparameters(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_digest(cls: type) -> str:
-    """Hash of the code of the class's file, docstrings and comments aside: a cached result is made by this very code."""
+    """Hash of the code that makes a method: its file and those of the methods it builds on, docstrings and comments aside."""
     path = inspect.getsourcefile(cls)
     if path is None:
         raise UserError(f"{cls.__name__} has no source file; put the method into a module")
-    tree = ast.parse(Path(path).read_text())
+    return hashlib.sha256("".join(_code(Path(path))).encode()).hexdigest()
+
+
+def _code(path: Path) -> list[str]:
+    """The code of a file, then of the method files that it imports."""
+    tree, parts = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmark.methods."):
+            parts += _code(FOLDERS["method"] / f"{(node.module or '').rpartition('.')[2]}.py")
+    return [ast.unparse(tree), *parts]
 
 
 def argument_docs(cls: type) -> dict[str, str]:

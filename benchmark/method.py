@@ -110,6 +110,7 @@ class Method(lightning.LightningModule):
         self.head = context.head(head_width or self.width)
         context.reseed("method")
         self.history: list[dict[str, float]] = []  # one dict of mean loss terms an epoch
+        self.done = 0.0  # share of all training steps, in [0, 1): schedules hang on it, so they fit any number of epochs
 
     @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
@@ -153,6 +154,7 @@ class Method(lightning.LightningModule):
     # ---- training, the same for all methods
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        self.done = self.global_step / float(self.trainer.estimated_stepping_batches)
         terms = self.loss(batch)
         # sums on the device, read once an epoch: `self.log` in every step would cost more than a small model's step
         for name, value in terms.items():
@@ -195,14 +197,20 @@ class Method(lightning.LightningModule):
 
 
 class Widened(Method):
-    """Base of methods whose embedding may grow: each release stores `extra_dims` more than the release before.
+    """Base of methods whose spaces nest: the first dims of a release are comparable with all of the release before.
 
-    The spaces nest: the first dims of a release are comparable with all of the release before (BT2's series of updates:
-    128 -> 160 -> 192 dims). The first release stores what the protocol says, as does every one if `extra_dims` is 0.
+    The embedding may grow: each release stores `extra_dims` more than the release before (BT2's series of updates:
+    128 -> 160 -> 192 dims). The first release stores what the protocol says, as does every one if `extra_dims` is 0;
+    unequal dims of two releases then meet on the shorter one's, as in openBCT.
     """
 
     def __init__(
-        self, context: Context, *, extra_dims: int, backbone_width: int | None = None, head_width: int | None = None
+        self,
+        context: Context,
+        *,
+        extra_dims: int = 0,
+        backbone_width: int | None = None,
+        head_width: int | None = None,
     ):
         stored = self.stored_dim(context.release, context.old_dim, extra_dims=extra_dims)
         super().__init__(context, backbone_width=backbone_width or stored, head_width=head_width)
@@ -211,7 +219,7 @@ class Widened(Method):
 
     @classmethod
     def stored_dim(cls, release: Release, old_dim: int | None, **hyperparameters: Any) -> int:
-        extra = hyperparameters["extra_dims"]
+        extra = hyperparameters.get("extra_dims", 0)
         return max(release.dim, old_dim) + extra if old_dim and extra else release.dim
 
     def link(self) -> Link:

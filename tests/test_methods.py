@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmark import catalog, plan, protocol, runner, training
 from benchmark.backbones import ConvNet
+from benchmark.embeddings import Embeddings
 from benchmark.errors import UserError
 from benchmark.heads import Head
 from benchmark.images import Batch
@@ -90,14 +91,28 @@ def test_every_hyperparameter_is_checked_and_explained(name: str) -> None:
 # ------------------------------------------------------------------------------------- one batch, fixed teachers
 
 
+class Old(torch.nn.Module):
+    """Batch norm that must not move, and embeddings that differ between images, as an untrained ConvNet's hardly do."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.convnet, self.linear = ConvNet(dim, width=2, channels=1), torch.nn.Linear(64, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convnet(x) + self.linear(x.flatten(1))
+
+
 def teacher(seed: int, classes: int, dim: int = DIM) -> Encoder:
     torch.manual_seed(seed)
-    return Encoder(ConvNet(dim, width=2, channels=1), dim, Head(torch.randn(classes, dim), HeadSpec()))
+    return Encoder(Old(dim), dim, Head(torch.randn(classes, dim), HeadSpec()))
 
 
 def context(**changes: Any) -> Context:
     torch.manual_seed(3)
     spec, smoothing = changes.pop("head_spec", HeadSpec("cosine", 8.0)), 0.1
+    labels = torch.arange(4 * B) % K  # of the training list, of which a batch is the first part
+    means = F.normalize(torch.randn(K, DIM)) * 0.7
+    stored = Embeddings(torch.arange(4 * B), {(0, "main"): means[labels] + 0.2 * torch.randn(4 * B, DIM)}, labels)
     given: dict[str, Any] = {
         "t": 1,
         "seed": 0,
@@ -109,7 +124,9 @@ def context(**changes: Any) -> Context:
         "prototype_head": lambda rows: Head(rows.clone(), spec, smoothing).requires_grad_(False),
         "old_dim": DIM,
         "encoders": {"old": teacher(1, OLD_K), "oracle": teacher(2, K)},
-        "means": {"old_means": F.normalize(torch.randn(K, DIM)) * 0.7},
+        "means": {"old_means": means},
+        "embeddings": {"old_train": stored},
+        "loader": lambda view: [Batch(torch.arange(4 * B), {"image": torch.randn(4 * B, 1, 8, 8)}, labels)],
     }
     return Context(**{**given, **changes})
 
@@ -121,25 +138,47 @@ def batch() -> Batch:
 
 
 def make(name: str, given: Mapping[str, Any] | None = None, **changes: Any) -> Any:
+    """A method in the middle of its training."""
     cls, hyperparameters = catalog.method(name, given)
-    return cls(context(**changes), **hyperparameters)
+    method = cls(context(**changes), **hyperparameters)
+    method.done = 0.5
+    if hasattr(method, "refresh"):
+        method.refresh()
+    return method
+
+
+# terms that move the head alone, and the one that the code of a reference leaves without any gradient
+HEAD_ONLY, INERT = {("LCE", "align")}, {("NCCL-reference", "logit")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_term_is_finite_and_has_a_gradient(name: str, batch: Batch) -> None:
     method = make(name)
     for term, value in method.loss(batch).items():
+        assert math.isfinite(value.item()), term
+        if (name, term) in INERT:
+            assert not value.requires_grad
+            continue
         method.zero_grad()
         value.backward(retain_graph=True)
-        moved = sum(float(p.grad.abs().sum()) for p in method.backbone.parameters() if p.grad is not None)
-        assert math.isfinite(value.item()) and moved > 0, term
+        part = method.head if (name, term) in HEAD_ONLY else method.backbone
+        moved = sum(float(p.grad.abs().sum()) for p in part.parameters() if p.grad is not None)
+        assert moved > 0, term
+
+
+# OCA's rotation learns or does not; weakened L2 differs once a distance is below its slack; the two MixBCT may draw the same
+# rows of this batch. Their own tests tell them apart.
+ALIKE_AT_FIRST = {("OCA", "OCA-frozenQ"), ("L2", "L2-weakened"), ("MixBCT", "MixBCT-reference")}
 
 
 def test_no_method_is_another_in_disguise(batch: Batch) -> None:
     """Gradient of the shared convolutions: same start, same batch, another direction for every method and ablation."""
+    batch = batch._replace(x={"image": batch.x["image"].double()})
     directions = {}
     for name in NAMES:
-        method = make(name)
+        method = make(name).double()
+        for encoder in method.context.encoders.values():
+            encoder.double()
         state = ConvNet(DIM, width=2, channels=1).features.state_dict()
         torch.manual_seed(4)
         method.backbone.features.load_state_dict(
@@ -152,9 +191,9 @@ def test_no_method_is_another_in_disguise(batch: Batch) -> None:
             assert any(p.grad is not None for p in method.rotate.parameters()) == (name == "OCA")
     for i, a in enumerate(NAMES):
         for b in NAMES[i + 1 :]:
-            if (a, b) == ("OCA", "OCA-frozenQ"):
+            if (a, b) in ALIKE_AT_FIRST:
                 continue
-            assert float(directions[a] @ directions[b]) < 1 - 1e-6, (a, b)
+            assert float(directions[a] @ directions[b]) < 1 - 1e-9, (a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,11 +30,17 @@ class BCT(Widened):
             logits within [-1, 1] make it a weak pull to the class mean, hence their weight of 10.
         prototypes: "means" = class means for every class (openBCT's pseudo classifier, BT2, OCA, MixBCT); "head" = the
             old release's head, on the samples of classes that it knows (openBCT's default); "both" = its rows where
-            it has them, class means for the rest.
+            it has them, class means for the rest; "distill" = "head", and on samples of other classes the old head's own
+            soft answer to the old embedding is the target (openBCT's and OpenCompatible's "lwf").
         extra_dims: dims beyond the old release's, untouched by the influence loss: the control for BT2 and OCA.
     """
 
-    variants: ClassVar = {"BCT-extra": {"extra_dims": 32}, "BCT-reference": {"weight": 10.0, "scale": 1.0}}
+    variants: ClassVar = {
+        "BCT-extra": {"extra_dims": 32},
+        "BCT-reference": {"weight": 10.0, "scale": 1.0},
+        "BCT-head": {"prototypes": "head"},
+        "BCT-distill": {"prototypes": "distill"},
+    }
     space: ClassVar = {"weight": (0.3, 1.0, 3.0, 10.0), "scale": (None, 1.0, 8.0, 30.0)}
 
     def __init__(
@@ -42,11 +48,11 @@ class BCT(Widened):
         context: Context,
         weight: float = 1.0,
         scale: float | None = None,
-        prototypes: Literal["means", "head", "both"] = "means",
+        prototypes: Literal["means", "head", "both", "distill"] = "means",
         extra_dims: int = 0,
     ):
         super().__init__(context, extra_dims=extra_dims)
-        self.weight, self.scale = weight, scale
+        self.weight, self.scale, self.distill = weight, scale, prototypes == "distill"
         if context.means or context.encoders:
             rows = old_prototypes(context, prototypes)[:, : self.shared]  # (K or K_old, d_o)
             self.old_head = context.prototype_head(rows)
@@ -54,12 +60,22 @@ class BCT(Widened):
     @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
         needs = {"old": Need("encoder"), "old_means": Need("means")}
-        unused = {"means": "old", "head": "old_means", "both": None}[hyperparameters["prototypes"]]
+        unused = {"means": "old", "both": None}.get(hyperparameters["prototypes"], "old_means")
         return {name: need for name, need in needs.items() if t and name != unused}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         z = self.backbone(batch.x["image"])  # (B, D)
-        return {"classification": self.head(z, batch.y), "influence": self.weight * self.influence(z, batch.y)}
+        influence = self.influence(z, batch.y)
+        if self.distill:
+            influence = influence + self.distillation(z, batch)
+        return {"classification": self.head(z, batch.y), "influence": self.weight * influence}
+
+    def distillation(self, z: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the old head's answers to old and to new embeddings, on classes that it lacks."""
+        with torch.no_grad():
+            target = self.old_head.logits(self.context.encoders["old"](batch.x)["main"][:, : self.shared]).softmax(1)
+        losses = F.cross_entropy(self.old_head.logits(z[:, : self.shared]), target, reduction="none")  # (B,)
+        return (losses * (batch.y >= self.old_head.classes)).mean()
 
     def influence(self, z: Tensor, y: Tensor) -> Tensor:
         z = z[:, : self.shared]  # (B, d_o)
@@ -81,4 +97,4 @@ def old_prototypes(context: Context, kind: str) -> Tensor:
     head = context.encoders["old"].head
     if head is None:
         raise UserError("BCT: the old release has no head of its own (its method drops it); set prototypes=means")
-    return head.weight if kind == "head" else torch.cat([head.weight, context.means["old_means"][head.classes :]])
+    return head.weight if kind != "both" else torch.cat([head.weight, context.means["old_means"][head.classes :]])
