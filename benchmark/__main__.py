@@ -87,6 +87,7 @@ def make_parser() -> ArgumentParser:
         help="old = own release before, or the independent one",
     )
     run.add_argument("--split", choices=["test", "validation"], default="test")
+    run.add_argument("--tuned", action="store_true", help="at the settings that `tune` chose on the protocol")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter of the method")
     run.add_argument(
         "--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol: off-protocol"
@@ -99,6 +100,19 @@ def make_parser() -> ArgumentParser:
     )
     run.add_argument("--publish", action="store_true", help="also write the records into the protocol's leaderboard")
     run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, compute nothing")
+
+    tune = command(
+        "tune",
+        "Choose a method's hyperparameters by the tuning rule: six trials on the validation split, logged.",
+        "compatbench tune cifar100-lite@1 --method BCT --data DIR",
+    )
+    tune.add_argument("protocol", help="leaderboard name")
+    tune.add_argument("--method", nargs="+", required=True, help="names of methods")
+    tune.add_argument("--data", type=Path, help="folder with the data")
+    tune.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
+    tune.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
+    tune.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
+    tune.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
 
     listing = command("list", "Names of methods, tasks and leaderboards.", "compatbench list methods --verbose")
     listing.add_argument("what", nargs="?", choices=["methods", "tasks", "leaderboards", "all"], default="all")
@@ -178,8 +192,11 @@ def run_protocol(
         from benchmark.plan import MethodRun, build
         from benchmark.runner import default_device, execute, open_task
         from benchmark.store import Store
+        from benchmark.tuning import tuned
     tracking.check(args.wandb)
-    methods = [MethodRun.of(name, given) for name in names]
+    if args.tuned and given:
+        raise UserError("--tuned takes its hyperparameters from the tuning log; leave out --set")
+    methods = [tuned(protocol, name) if args.tuned else MethodRun.of(name, given) for name in names]
     store = Store(args.runs)
     with console.status(f"reading the data of {protocol.task}"):
         task = open_task(protocol, args.data, args.device or default_device())
@@ -234,6 +251,37 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
         values[key] = yaml.safe_load(value)
     return values
+
+
+def command_tune(args: Namespace) -> None:
+    from rich import get_console
+    from rich.table import Table
+
+    console = get_console()
+    protocol = protocols.load(args.protocol)
+    with console.status("loading torch and lightning"):
+        from benchmark import console as progress
+        from benchmark import tuning
+        from benchmark.results import row_nodes
+        from benchmark.runner import default_device, open_task
+        from benchmark.store import Store
+    names = [name for item in args.method for name in item.split(",")]
+    for name in names:
+        tuning.settings(name)  # a method without a space dies before the first trial of another
+    store, device = Store(args.runs), args.device or default_device()
+    task = open_task(tuning.shortened(protocol), args.data, device)
+    for name in names:
+        with progress.Bars(console) as bars:
+            bars.expect([node for plan in tuning.plans(name, task) for node in row_nodes(plan)], store)
+            lines = tuning.tune(protocol, name, task, store, jobs=args.jobs, threads=args.threads, progress=bars)
+        table = Table("trial", "hyperparameters", "AM, validation", title=f"{name} on {protocol.id}")
+        for line in lines:
+            mark = " (best)" if line is tuning.best(lines) else ""
+            table.add_row(str(line["trial"]), _settings_text(line["hyperparameters"]), f"{100 * line['am']:.2f}{mark}")
+        console.print(table)
+        console.print(
+            f"log: {tuning.log(protocol, name)}; its row: compatbench run {protocol.id} --method {name} --tuned"
+        )
 
 
 def command_list(args: Namespace) -> None:
@@ -351,7 +399,7 @@ def command_demo(args: Namespace) -> None:
     protocol = protocols.load("digits@1")
     options = Namespace(
         set=[], override=[], runs=args.runs, data=None, device="cpu", mode="chain", split="test", jobs=1, threads=None,
-        wandb="offline", publish=False, dry_run=False,
+        wandb="offline", publish=False, dry_run=False, tuned=False,
     )  # fmt: skip
     records = run_protocol(console, protocol, DEMO, [protocol.seeds[0]], options)
     from benchmark import plots
@@ -364,6 +412,7 @@ def command_demo(args: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "run": command_run,
+    "tune": command_tune,
     "list": command_list,
     "doctor": command_doctor,
     "show": command_show,

@@ -42,9 +42,9 @@ class Bars:
         self.overall = self.bars.add_task("all work", total=0)
         self.tasks: dict[str, TaskID] = {}
 
-    def expect(self, plans: Sequence[Plan], store: Store) -> None:
+    def expect(self, wanted: Iterable[Plan | Node], store: Store) -> None:
         """Say how much there is to do."""
-        nodes = {node.id: node for plan in plans for node in plan.nodes}
+        nodes = {node.id: node for item in wanted for node in (item.nodes if isinstance(item, Plan) else item.walk())}
         left = [node for node in nodes.values() if not store.done(node)]
         self.bars.update(self.overall, total=sum(WEIGHT.get(node.kind, 1) for node in left))
         self.console.print(

@@ -49,7 +49,8 @@ class MethodRun:
     name: str
     cls: type[Method]
     hyperparameters: Mapping[str, Any]
-    settings: Literal["paper", "custom"]  # "paper": the method's own defaults, or a variant that it names
+    settings: Literal["paper", "tuned", "custom"]  # "paper": the method's own defaults, or a variant that it names
+    tuning_images: int = 0  # what choosing the settings has cost
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any] | None = None) -> MethodRun:

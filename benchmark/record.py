@@ -44,7 +44,9 @@ class MethodInfo(Strict):
     name: str
     reference: str  # module.Class
     hyperparameters: dict[str, Any]
-    settings: str  # "paper" = the method's own defaults or a variant it names; "custom" = changed for this run
+    settings: (
+        str  # "paper" = the method's own defaults or a variant it names; "tuned" = what its trials chose; "custom"
+    )
     source_sha256: str
     mode: str  # chain | pairwise
 
@@ -72,6 +74,7 @@ class Cost(Strict):
     query_multiply_adds: list[int]
     items_reembedded: int
     vectors_rewritten: int
+    tuning_images: int = 0  # seen in the trials that chose the settings
 
 
 class Timing(Strict):

@@ -116,7 +116,8 @@ def publish(record: Record, path: Path) -> Path:
     reasons = {
         "the protocol was overridden": bool(record.protocol.overrides),
         f"it is on the {record.protocol.split} split": record.protocol.split != "test",
-        "its hyperparameters are neither the method's defaults nor a named variant": record.method.settings != "paper",
+        "its hyperparameters are neither the method's defaults, nor a named variant, nor tuned": record.method.settings
+        == "custom",
     }
     for reason, holds in reasons.items():
         if holds:
@@ -203,6 +204,7 @@ def cost(plan: Plan, task: Task, store: Store) -> Cost:
         query_multiply_adds=[size.multiply_adds for size in sizes],
         items_reembedded=0,
         vectors_rewritten=0,
+        tuning_images=plan.method.tuning_images,
     )
 
 
