@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -215,6 +217,46 @@ def test_training_leaves_the_old_encoder_bit_identical(name: str, root: Path) ->
     after = method.context.encoders["old"].state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any("encoders" in key for key in method.state_dict())  # nor does a checkpoint drag it along
+
+
+@pytest.mark.parametrize("name", catalog.entries("method"))
+def test_interrupted_and_resumed_it_ends_bit_for_bit_as_it_would_have(name: str, root: Path) -> None:
+    """Queues, prototypes made on the way, schedules, random masks: whatever a method keeps must be in its checkpoint."""
+    made, store, task = run(name, root, "releases.1.recipe.epochs=3")
+    node = made.releases[1]
+    folder, kept = store.folder(node), ("encoder.safetensors", "train.json")
+    before = [(folder / file).read_bytes() for file in kept]
+    shutil.rmtree(folder)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.compute(node, task, store, stop)
+    assert (folder / ".last.ckpt").is_file() and not store.done(node)
+    runner.compute(node, task, store, lambda done, total: None)
+    assert [(folder / file).read_bytes() for file in kept] == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shipped", protocol.shipped())
+def test_every_term_becomes_active_in_every_shipped_protocol(shipped: str, name: str, batch: Batch) -> None:
+    """Schedules are shares of training, so no protocol is too short for them."""
+    for release in protocol.load(shipped).releases[1:]:
+        epochs = release.recipe.epochs
+        cls, hyperparameters = catalog.method(name)
+        method = cls(context(), **hyperparameters)
+        method._trainer = SimpleNamespace(max_epochs=epochs, current_epoch=0)
+        active: dict[str, float] = {}
+        for epoch in sorted(
+            {*range(min(epochs, 3)), *(round(epochs * share) for share in (10 / 35, 20 / 35)), epochs - 1}
+        ):
+            method.trainer.current_epoch, method.done = epoch, epoch / epochs
+            method.on_train_epoch_start()
+            for term, value in method.loss(batch).items():
+                active[term] = max(active.get(term, 0.0), abs(value.item()))
+        assert all(value > 0 for value in active.values()), active
 
 
 def test_a_released_encoder_loads_to_the_same_embeddings(root: Path) -> None:
