@@ -223,6 +223,7 @@ def run_protocol(
     for record in records:
         console.print(plots.terminal(record, protocol.primary_metric, None if len(records) == 1 else ["all"]))
     console.print(plots.summary_table(records, protocol.primary_metric))
+    console.print(progress.shared(plans, store), soft_wrap=True)
     where = {str(record_folder(args, plan)) for plan in plans}
     console.print("records and heat maps: " + ", ".join(sorted(where)), soft_wrap=True)
     return records
