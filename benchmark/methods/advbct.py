@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmark.classwise import within_fences
+from benchmark.heads import class_means
 from benchmark.images import Batch
 from benchmark.method import Context, Need, Widened
 
@@ -62,8 +63,8 @@ class AdvBCT(Widened):
         if context.embeddings:
             stored = context.embeddings["old_train"]
             old = F.normalize(stored.main(context.t - 1)[:, : self.shared])
-            centres = context.means["old_means"].cpu()[:, : self.shared]  # (K, d_o), not normalised again
             assert stored.labels is not None
+            centres, _ = class_means(old, stored.labels, context.classes)  # (K, d_o), not normalised again
             spread = within_fences((old - centres[stored.labels]).norm(dim=1), stored.labels, context.classes)
             self.register_buffer("centres", centres)
             self.register_buffer("radius", spread.widest)  # (K,)
@@ -77,7 +78,7 @@ class AdvBCT(Widened):
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
         if t == 0:
             return {}
-        return {"old": Need("encoder"), "old_train": Need("embeddings"), "old_means": Need("means")}
+        return {"old": Need("encoder"), "old_train": Need("embeddings")}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         z = self.backbone(batch.x["image"])  # (B, D)

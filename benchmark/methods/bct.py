@@ -73,9 +73,15 @@ class BCT(Widened):
     def distillation(self, z: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of the old head's answers to old and to new embeddings, on classes that it lacks."""
         with torch.no_grad():
-            target = self.old_head.logits(self.context.encoders["old"](batch.x)["main"][:, : self.shared]).softmax(1)
-        losses = F.cross_entropy(self.old_head.logits(z[:, : self.shared]), target, reduction="none")  # (B,)
+            target = self.logits(self.context.encoders["old"](batch.x)["main"][:, : self.shared]).softmax(1)
+        losses = F.cross_entropy(self.logits(z[:, : self.shared]), target, reduction="none")  # (B,)
         return (losses * (batch.y >= self.old_head.classes)).mean()
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Of the old classifier, (B, d_o) -> (B, K), without margin."""
+        if self.scale is None:
+            return self.old_head.logits(z)
+        return self.scale * F.normalize(z) @ self.old_head.weight.T
 
     def influence(self, z: Tensor, y: Tensor) -> Tensor:
         z = z[:, : self.shared]  # (B, d_o)
@@ -83,9 +89,8 @@ class BCT(Widened):
         if self.scale is None:
             losses = self.old_head(z, y.where(known, 0), reduction="none")
         else:
-            logits = self.scale * F.normalize(z) @ self.old_head.weight.T  # (B, K)
             losses = F.cross_entropy(
-                logits, y.where(known, 0), reduction="none", label_smoothing=self.old_head.smoothing
+                self.logits(z), y.where(known, 0), reduction="none", label_smoothing=self.old_head.smoothing
             )
         return (losses * known).mean()  # a class that the old head lacks contributes 0, as in openBCT
 

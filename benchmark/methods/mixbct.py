@@ -13,6 +13,7 @@ statistics. Corrected: old embeddings from test transforms (the code's are rando
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -73,7 +74,9 @@ class MixBCT(Widened):
     def draw(self, index: Tensor) -> Tensor:
         """Mask (B,): floor(share * B) credible samples, or all of them where there are fewer."""
         credible_here = self.credible[index]
-        count = min(int(self.share * len(index)), int(credible_here.sum()))
+        count = min(
+            math.floor(self.share * len(index) + 1e-9), int(credible_here.sum())
+        )  # 0.29 * 100 is 28.999999999999996
         order = torch.rand(len(index), device=index.device).masked_fill(~credible_here, 2.0).argsort()  # credible first
         mask = torch.zeros_like(credible_here)
         mask[order[:count]] = True

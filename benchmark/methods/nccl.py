@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmark.heads import class_means
 from benchmark.images import Batch
 from benchmark.method import Context, Need, Widened
 
@@ -72,14 +73,15 @@ class NCCL(Widened):
         if context.embeddings:
             stored = context.embeddings["old_train"]
             unit = F.normalize(stored.main(context.t - 1)[:, : self.shared])
-            mask = consensus(unit, context.means["old_means"].cpu()[:, : self.shared], sharpness)
+            assert stored.labels is not None
+            mask = consensus(unit, class_means(unit, stored.labels, context.classes)[0], sharpness)
             self.register_buffer("credible", mask, persistent=False)  # (N,) by Batch.index
 
     @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
         if t == 0:
             return {}
-        return {"old": Need("encoder"), "old_train": Need("embeddings"), "old_means": Need("means")}
+        return {"old": Need("encoder"), "old_train": Need("embeddings")}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         z = self.backbone(batch.x["image"])  # (B, D)
@@ -100,7 +102,7 @@ class NCCL(Widened):
 
     def enqueue(self, old: Tensor, y: Tensor) -> None:
         size = len(self.labels)
-        old, y = old[:size], y[:size]
+        old, y = old[-size:], y[-size:]
         at = (int(self.next) + torch.arange(len(y), device=y.device)) % size
         self.old[at], self.labels[at] = old.to(self.old.dtype), y
         self.next.fill_((int(self.next) + len(y)) % size)
