@@ -110,7 +110,7 @@ class Method(lightning.LightningModule):
         self.head = context.head(head_width or self.width)
         context.reseed("method")
         self.history: list[dict[str, float]] = []  # one dict of mean loss terms an epoch
-        self.done = 0.0  # share of training behind us, in [0, 1): schedules hang on it, so they fit any number of epochs
+        self.done = 0.0  # share of training behind us, in [0, 1): schedules that hang on it fit any number of epochs
 
     @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:

@@ -329,3 +329,14 @@ def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_ties_on_shared_resamples_are_ties_by_the_pairwise_test() -> None:
+    rng = np.random.default_rng(5)
+    labels, base = np.arange(120) % 8, rng.random((6, 120))
+    rows = {name: base + shift + 0.05 * rng.random((6, 120)) for name, shift in zip("abcde", (0, 0, 0.2, 0.2, -0.3))}
+    shared = st.bootstrap_ties(rows, labels, seed=0, resamples=4000)
+    assert shared == st.ties(rows, test=lambda d: st.bootstrap_test(d, labels, seed=0, resamples=4000))
+    assert [set(group) for group in shared] == [{"c", "d"}, {"a", "b"}, {"e"}]
+    with pytest.raises(ValueError, match="indicative"):
+        st.bootstrap_ties({name: row[:5] for name, row in rows.items()}, labels, seed=0)
