@@ -75,7 +75,33 @@ class ConvViT(nn.Module):
         return self.project(self.blocks(x).mean(1))  # (B, dim)
 
 
-OWN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "convvit": ConvViT}
+class ResNet(nn.Module):
+    """torchvision's ResNet with a linear map to `dim` in place of its classifier.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        stem: "small" = one 3x3 convolution of stride 1 and no pooling, the usual form for 32 px; "imagenet" = 7x7 of stride 2
+            and max pooling.
+    """
+
+    def __init__(self, dim: int, depth: int = 18, stem: str = "small"):
+        super().__init__()
+        from torchvision.models import resnet
+
+        if stem not in ("small", "imagenet") or not hasattr(resnet, f"resnet{depth}"):
+            raise UserError(
+                f"backbone resnet: depth is 18, 34, 50, 101 or 152 and stem small or imagenet, not {depth}, {stem}"
+            )
+        self.network = getattr(resnet, f"resnet{depth}")(num_classes=dim)
+        if stem == "small":
+            self.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            self.network.maxpool = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.contiguous(memory_format=torch.channels_last))  # (B, dim)
+
+
+OWN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "convvit": ConvViT, "resnet": ResNet}
 
 
 def build(name: str, dim: int, **args: object) -> nn.Module:

@@ -23,7 +23,7 @@ BOARDS = [protocol.LEADERBOARDS / name for name in protocol.shipped()]
 def test_every_record_was_measured_under_the_protocol_beside_it(folder: Path) -> None:
     definition = protocol.load(folder)
     files = [file for file in folder.glob("*/seed*.json") if file.parent.name != "old"]
-    assert files
+    assert files or "No row has been measured yet" in definition.notes
     for file in files:
         one = record.load(file)
         assert one.protocol.sha256 == definition.sha256 and not one.protocol.overrides and one.protocol.split == "test"
