@@ -53,13 +53,17 @@ def rows(folder: Path) -> list[Row]:
             found.append(Row(entry.name, records, [checked(file, one) for file, one in zip(files, records)]))
     if found and len({one.protocol.sha256 for row in found for one in row.records}) > 1:
         raise UserError(f"{folder}: its records were measured under different definitions of the protocol")
-    metric = protocol.load(folder).primary_metric
+    return in_order(found, protocol.load(folder).primary_metric, "all")
 
-    def rank(row: Row) -> tuple[int, float]:
-        accuracy = compatibility.average_multimodel_accuracy(row.mean(metric, "all"))
+
+def in_order(found: Sequence[Row], metric: str, stratum: str) -> list[Row]:
+    """Fewest bytes first, then best first by AM."""
+
+    def key(row: Row) -> tuple[int, float]:
+        accuracy = compatibility.average_multimodel_accuracy(row.mean(metric, stratum))
         return row.bytes, -(accuracy if accuracy is not None else -1.0)
 
-    return sorted(found, key=rank)
+    return sorted(found, key=key)
 
 
 def checked(file: Path, one: Record) -> outputs.Outputs:
@@ -129,7 +133,7 @@ def table(folder: Path, found: Sequence[Row], metric: str, stratum: str = "all")
     bound = independent.mean(metric, stratum)
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rank = ranks(found, metric, mask)
-    for row in found:
+    for row in in_order(found, metric, stratum):
         C = row.mean(metric, stratum)
         own, over = outputs.lower_bounds(row.outputs, [row.outputs, independent.outputs], metric, mask, seed=0)
         said = compatibility.summary(C, bound, lower_own=own, lower_independent=over)
