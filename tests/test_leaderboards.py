@@ -43,7 +43,9 @@ def test_all_methods_have_all_seeds_and_share_old_releases_and_bounds() -> None:
     for row in found:
         assert [one.seed for one in row.records] == list(definition.seeds)
     for seed in range(len(definition.seeds)):
-        own = [row for row in found if catalog.method(row.name)[0].trains_first_release]  # they need another release 0
+        own = [
+            row for row in found if catalog.load("method", row.records[0].method.reference).trains_first_release
+        ]  # they need another release 0
         assert {row.name for row in own} == {"CoReS", "HOC"}
         for group in (own, [row for row in found if row not in own]):
             assert len({row.records[seed].releases[0].weights_sha256 for row in group}) == 1
