@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from benchmark.adapters.base import Adapter
 from benchmark.adapters.learned import LambdaOrthogonal, LocalProcrustes, ResidualMLP
-from benchmark.adapters.maps import RHOS, Adapter, ConstantShift, Diagonal, Identity, LowRank, Procrustes, Ridge
+from benchmark.adapters.maps import RHOS, ConstantShift, Diagonal, Identity, LowRank, Procrustes, Ridge
 from benchmark.adapters.pairs import Moments, Screen, check_pairs
 from benchmark.errors import UserError, unknown
 from benchmark.files import write_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.adapters.maps import Adapter, Affine, nearest_orthogonal, solve_ridge
+from benchmark.adapters.base import Adapter
+from benchmark.adapters.maps import Affine, nearest_orthogonal, solve_ridge
 from benchmark.adapters.pairs import CHUNK, Moments
 
 HELD_OUT = 0.1  # share of the pairs that decides when training stops
 PATIENCE = 5  # epochs without a better held-out cosine
+SAMPLE = 50_000  # pairs that place the centres of clusters
 
 
 class LambdaOrthogonal(Affine):
@@ -127,18 +130,18 @@ class ResidualMLP(Adapter):
     @classmethod
     def needed(cls, source_dim: int, target_dim: int, **hyperparameters: Any) -> int:
         least = min(source_dim, target_dim)
-        return next(count for count in range(least + 1, 2 * least + 2) if len(split(count, 0)[0]) >= least)
+        return next(n for n in itertools.count(least + 1) if n - held_out(n) >= least)
 
     def _learn(self, source: Tensor, target: Tensor, seed: int) -> None:
         settings, generator = self.hyperparameters, torch.Generator().manual_seed(seed)
-        fitted, held_out = (rows.to(source.device) for rows in split(len(source), seed))
+        fitted, judged = (rows.to(source.device) for rows in split(len(source), seed))
         self.to(source.device)
         self.linear.copy_(nearest_orthogonal(cross_product(source[fitted], target[fitted])))
         bound = 1 / math.sqrt(self.source_dim)  # PyTorch's own start of a linear layer
         for layer in (self.inner, self.inner_bias):
             layer.copy_((2 * torch.rand(layer.shape, generator=generator) - 1) * bound)
         optimiser = torch.optim.AdamW(self.parameters(), lr=settings["lr"])
-        best, best_epoch, kept = self._cosine(source, target, held_out), 0, self._copy()
+        best, best_epoch, kept = self._cosine(source, target, judged), 0, self._copy()
         for epoch in range(1, settings["epochs"] + 1):
             order = fitted[torch.randperm(len(fitted), generator=generator).to(fitted.device)]
             for rows in order.split(settings["batch"]):
@@ -147,7 +150,7 @@ class ResidualMLP(Adapter):
                     optimiser.zero_grad()
                     loss.backward()
                 optimiser.step()
-            cosine = self._cosine(source, target, held_out)
+            cosine = self._cosine(source, target, judged)
             if cosine > best:
                 best, best_epoch, kept = cosine, epoch, self._copy()
             if epoch - best_epoch >= PATIENCE:
@@ -210,7 +213,8 @@ class LocalProcrustes(Adapter):
         clusters = self.hyperparameters["clusters"]
         rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SAMPLE].to(source.device)
         found = KMeans(clusters, n_init=4, random_state=seed).fit(source[rows].double().cpu().numpy())
-        self._store(centres=torch.from_numpy(found.cluster_centers_), spread=torch.tensor(found.inertia_ / len(rows)))
+        spread = max(found.inertia_ / len(rows), 1e-12)  # 0 where all sources sit on the centres
+        self._store(centres=torch.from_numpy(found.cluster_centers_), spread=torch.tensor(spread))
         cross = torch.zeros(self.weight.shape, dtype=torch.float64)
         for x, y in zip(source.split(CHUNK), target.split(CHUNK)):
             x, y = x.cpu().double(), y.cpu().double()
@@ -236,14 +240,15 @@ class LocalProcrustes(Adapter):
         )
 
 
-SAMPLE = 50_000  # pairs that place the centres
-
-
 def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Row numbers to fit on and row numbers held out."""
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    cut = max(1, round(HELD_OUT * count))
+    cut = held_out(count)
     return rows[cut:], rows[:cut]
+
+
+def held_out(count: int) -> int:
+    return max(1, round(HELD_OUT * count))
 
 
 def cross_product(source: Tensor, target: Tensor) -> Tensor:
