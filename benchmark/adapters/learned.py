@@ -230,8 +230,10 @@ class LocalProcrustes(Adapter):
         return torch.softmax(-apart / (self.hyperparameters["temperature"] * self.spread), 1)
 
     def _map(self, x: Tensor) -> Tensor:
-        shares = self.routing(x).unbind(1)
-        return torch.stack([share[:, None] * (x @ weight) for share, weight in zip(shares, self.weight)]).sum(0)
+        y = x.new_zeros(len(x), self.target_dim)
+        for share, weight in zip(self.routing(x).T, self.weight):
+            y = y + share[:, None] * (x @ weight)
+        return y
 
     @property
     def multiply_adds(self) -> int:
