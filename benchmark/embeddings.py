@@ -90,6 +90,10 @@ class Link(nn.Module):
         """Gallery vectors, (M, D)."""
         return g[stored.release, "main"]
 
+    def priority(self, g: Mapping[View, Tensor], stored: Stored) -> Tensor | None:
+        """(M,) in which order to re-embed stored items, highest first; None = in any order."""
+        return None
+
 
 class Prefix(Link):
     """Spaces that nest: the first coordinates of a new embedding are comparable with the whole of an older one.

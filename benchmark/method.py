@@ -74,6 +74,7 @@ class Context:
     head: Callable[[int], Head]
     prototype_head: Callable[[Tensor], Head]  # the task's head on fixed prototypes (K, D)
     old_dim: int | None = None  # stored by the release before; None at release 0
+    k: int | None = None  # the release whose items a `Bridge` leads to; for other methods the release before
     dims: Mapping[str, int] = field(default_factory=dict)  # of every need
     # what `requires` named; empty when a released encoder is only rebuilt for loading
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class Method(lightning.LightningModule):
     space: ClassVar[Mapping[str, tuple]] = {}
     trains_first_release: ClassVar[bool] = False
     view: ClassVar[str] = "train"
+    closed_form: ClassVar[bool] = False  # a `Bridge` that is fitted without Trainer
 
     def __init__(self, context: Context, *, backbone_width: int | None = None, head_width: int | None = None):
         super().__init__()
@@ -123,13 +125,29 @@ class Method(lightning.LightningModule):
         return release.dim
 
     @classmethod
-    def query_views(cls, t: int, stored: int) -> tuple[View, ...]:
+    def keeps_releases(cls, **hyperparameters: Any) -> bool:
+        """Whether every release stays as trained independently, so that only links are learned (see `Bridge`)."""
+        return False
+
+    @classmethod
+    def steps(cls, t: int, stored: int, **hyperparameters: Any) -> list[tuple[int, int]]:
+        """The (release, older release) links that together serve queries of `t` on items of `stored`, newest first."""
+        return [(t, stored)]
+
+    @classmethod
+    def serves(cls, dim: int, stored: int) -> bool:
+        """Whether a link can lead from releases of `dim` numbers to items of `stored` numbers."""
+        return dim == stored or cls.link is not Method.link
+
+    @classmethod
+    def query_views(cls, t: int, stored: int, **hyperparameters: Any) -> tuple[View, ...]:
         """The embeddings of a query that the link of release t reads to search items stored by release `stored`."""
         return ((t, "main"),)
 
     @classmethod
-    def gallery_views(cls, t: int, stored: int) -> tuple[View, ...]:
-        """The stored vectors of an item that the link reads."""
+    def gallery_views(cls, t: int, stored: int, **hyperparameters: Any) -> tuple[View, ...]:
+        """The stored vectors of an item that the link reads. A view other than "main" is by the encoder that `requires`
+        names so, and was stored with the item when it was ingested."""
         return ((stored, "main"),)
 
     def recipe(self, default: Recipe) -> Recipe:

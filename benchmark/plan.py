@@ -25,7 +25,7 @@ Mode = Literal["chain", "pairwise"]
 class Node:
     """One unit of work, computed at most once."""
 
-    kind: Literal["train", "frozen", "embed", "means", "score"]
+    kind: Literal["train", "frozen", "fit", "embed", "means", "score"]
     label: str  # for people
     spec: Mapping[str, Any]  # JSON data
     inputs: Mapping[str, Node] = field(default_factory=dict)
@@ -107,25 +107,38 @@ class _Builder:
 
     def release(self, method: MethodRun, t: int) -> Node:
         """The node that yields release t of `method`."""
-        if t == 0 and not method.cls.trains_first_release:
+        if method.cls.keeps_releases(**method.hyperparameters) or (t == 0 and not method.cls.trains_first_release):
             method = self.independent
         key = (digest([method.name, method.hyperparameters]), t)
         if key not in self.made:
             self.made[key] = self.trained(method, t)
         return self.made[key]
 
-    def trained(self, method: MethodRun, t: int) -> Node:
-        protocol, old = self.protocol, self.old(method, t)
-        spec = self.rebuild(method, t, old)
+    def step(self, method: MethodRun, t: int, k: int) -> Node:
+        """The node that yields the link of `method` from release t to release k."""
+        if not method.cls.keeps_releases(**method.hyperparameters):
+            return self.release(method, t)
+        key = (digest([method.name, method.hyperparameters, k]), t)
+        if key not in self.made:
+            self.made[key] = self.trained(method, t, k)
+        return self.made[key]
+
+    def trained(self, method: MethodRun, t: int, k: int | None = None) -> Node:
+        """Release t of `method`; with `k` a link alone, from release t to release k."""
+        protocol, old = self.protocol, self.old(method, t, k)
+        spec = self.rebuild(method, t, old) | ({} if k is None else {"k": k})
         if t == 0 and method.cls is self.independent.cls and self.seed in protocol.frozen:
             spec |= {"sha256": protocol.frozen[self.seed], "protocol": protocol.id, "seed": self.seed}
             return Node("frozen", f"release 0 ({protocol.releases[0].name}), frozen, seed {self.seed}", spec)
         inputs = {}
         for name, need in method.cls.requires(t, **method.hyperparameters).items():
-            source = self.source(method, need, t)
+            source = self.source(method, need, t, k)
             spec["needs"][name] = [need.kind, source.spec["dim"]]
             inputs[name] = self.need(need, source, t)
         spec |= {"seed": self.seed, "fingerprint": self.fingerprint, "source": catalog.source_digest(method.cls)}
+        if k is not None:
+            kind: Literal["fit", "train"] = "fit" if method.cls.closed_form else "train"
+            return Node(kind, f"{kind} {method.name} between releases {k} and {t}", spec, inputs)
         return Node("train", f"train {method.name} release {t} ({protocol.releases[t].name})", spec, inputs)
 
     def rebuild(self, method: MethodRun, t: int, old: Node | None) -> dict[str, Any]:
@@ -144,14 +157,14 @@ class _Builder:
             "needs": {},
         }
 
-    def old(self, method: MethodRun, t: int) -> Node | None:
+    def old(self, method: MethodRun, t: int, k: int | None = None) -> Node | None:
         if t == 0:
             return None
-        return self.release(self.independent if self.mode == "pairwise" else method, t - 1)
+        return self.release(self.independent if self.mode == "pairwise" else method, t - 1 if k is None else k)
 
-    def source(self, method: MethodRun, need: Need, t: int) -> Node:
+    def source(self, method: MethodRun, need: Need, t: int, k: int | None = None) -> Node:
         if need.source == OLD:
-            old = self.old(method, t)
+            old = self.old(method, t, k)
             if old is None:
                 raise UserError(f"{method.name} asks for an old release at release 0; `requires` must not for t = 0")
             return old
@@ -174,13 +187,25 @@ class _Builder:
     def cell(
         self, method: MethodRun, queries: tuple[Node, ...], galleries: tuple[Node, ...], t: int, k: int
     ) -> Node | None:
-        stored = galleries[k].spec["dim"]
-        if method.cls.link is Method.link and queries[t].spec["dim"] != stored:
+        cls, settings, stored = method.cls, method.hyperparameters, galleries[k].spec["dim"]
+        hops = cls.steps(t, k, **settings)
+        dims = [((queries if a == t else galleries)[a].spec["dim"], galleries[b].spec["dim"]) for a, b in hops]
+        if not all(cls.serves(new, old) for new, old in dims):
             return None  # unequal dims without a declared link
-        inputs = {"link": queries[t]}
-        for r, view in method.cls.query_views(t, k):
-            inputs[f"query/{r}/{view}"] = self.embed(queries[r], f"{self.split}:query")
-        for r, view in method.cls.gallery_views(t, k):
-            inputs[f"gallery/{r}/{view}"] = self.embed(galleries[r], f"{self.split}:gallery")
+        if t == k and cls.keeps_releases(**settings):
+            return self.cell(self.independent, queries, galleries, t, k)
+        links = [self.step(method, a, b) for a, b in hops]
+        inputs = {"link" if not i else f"link{i}": node for i, node in enumerate(links)}
+        for r, view in cls.query_views(t, k, **settings):
+            inputs[f"query/{r}/{view}"] = self.embed(self.viewed(method, queries, r, view, t), f"{self.split}:query")
+        for r, view in cls.gallery_views(t, k, **settings):
+            source = self.viewed(method, galleries, r, view, t)
+            inputs[f"gallery/{r}/{view}"] = self.embed(source, f"{self.split}:gallery")
         spec = {"t": t, "k": k, "split": self.split, "similarity": self.protocol.similarity, "stored": stored}
         return Node("score", f"score queries of {queries[t].label}, gallery of {galleries[k].label}", spec, inputs)
+
+    def viewed(self, method: MethodRun, releases: tuple[Node, ...], r: int, view: str, t: int) -> Node:
+        """The encoder behind a view: of release r, or the one that the method's needs name like the view."""
+        if view == "main":
+            return releases[r]
+        return self.source(method, method.cls.requires(t, **method.hyperparameters)[view], t)

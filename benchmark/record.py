@@ -62,6 +62,19 @@ class ReleaseInfo(Strict):
     weights_sha256: str
 
 
+class LinkInfo(Strict):
+    """A map between two releases that were trained independently."""
+
+    release: int
+    stored: int  # the older release it leads to
+    parameters: int
+    multiply_adds: dict[str, int]  # "query", "gallery": per vector of that side, which passes it
+    pairs: int | None  # embeddings by both releases that a closed form was fitted to
+    recipe: dict[str, Any] | None  # of a trained one
+    losses: dict[str, list[Number]]
+    weights_sha256: str
+
+
 class Cost(Strict):
     """Billed as if the row were run alone. Per release from the first new one on, except `training_images`."""
 
@@ -75,6 +88,7 @@ class Cost(Strict):
     items_reembedded: int
     vectors_rewritten: int
     tuning_images: int = 0  # seen in the trials that chose the settings
+    gallery_multiply_adds: list[int] = []  # by release: per stored item that its update moves, at most
 
 
 class Timing(Strict):
@@ -106,6 +120,7 @@ class Record(Strict):
     environment: dict[str, str]
     outputs: dict[str, str]  # file beside the record -> sha256
     timing: Timing
+    links: list[LinkInfo] = []
 
     def save(self, path: Path) -> Path:
         write_json(path, self.model_dump(mode="json"))

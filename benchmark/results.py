@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmark import __version__, catalog, compatibility, outputs, training
+from benchmark.bridge import Side
 from benchmark.errors import UserError
 from benchmark.files import sha256_file, write_bytes
 from benchmark.plan import Node, Plan
@@ -23,6 +24,7 @@ from benchmark.record import (
     METRICS_VERSION,
     SCHEMA_VERSION,
     Cost,
+    LinkInfo,
     Matrix,
     MethodInfo,
     ProtocolInfo,
@@ -74,6 +76,7 @@ def assemble(plan: Plan, task: Task, store: Store, folder: Path, overrides: Sequ
         environment=environment(task),
         outputs={file.name: sha256_file(file)},
         timing=timing(plan, store, task),
+        links=[link_info(node, task, store) for node in steps(plan)],
     )
     return record, record.save(folder / f"{name}.json")
 
@@ -190,21 +193,75 @@ def release_info(node: Node, task: Task, store: Store) -> ReleaseInfo:
     )
 
 
+def steps(plan: Plan) -> list[Node]:
+    """The nodes of links between releases, by release; none but for a `Bridge`."""
+    found = {node.id: node for node in row_nodes(plan) if "k" in node.spec and node.kind in ("train", "fit")}
+    return sorted(found.values(), key=lambda node: (node.spec["t"], node.spec["k"]))
+
+
+def follows(step: Node) -> bool:
+    """Whether a step leads to the release right before."""
+    return step.spec["t"] == step.spec["k"] + 1
+
+
+def link_info(node: Node, task: Task, store: Store) -> LinkInfo:
+    facts, size = store.read_json(node, "train.json"), training.step_size(node, task)
+    terms = list(facts["history"][0]) if facts["history"] else []
+    return LinkInfo(
+        release=node.spec["t"],
+        stored=node.spec["k"],
+        parameters=size.parameters,
+        multiply_adds={str(side): count for side, count in size.multiply_adds.items()},
+        pairs=facts.get("pairs"),
+        recipe=facts.get("recipe"),
+        losses={term: [epoch[term] for epoch in facts["history"]] for term in terms},
+        weights_sha256=sha256_file(store.folder(node) / "link.safetensors"),
+    )
+
+
 def cost(plan: Plan, task: Task, store: Store) -> Cost:
     trained = {n.id: store.read_json(n, "train.json") for n in row_nodes(plan) if n.kind in ("train", "frozen")}
     sizes = [training.size(node, task) for node in plan.releases]
-    views = [plan.method.cls.query_views(t, k) for t, k in plan.cells]
+    adds = [size.multiply_adds for size in sizes]
+    method, releases = plan.method, range(len(plan.releases))
+    views = {(t, k): method.cls.query_views(t, k, **method.hyperparameters) for t, k in plan.cells}
+    extra: dict[Side, list[int]] = {"query": [0] * len(sizes), "gallery": [0] * len(sizes)}
+    for (t, _), cell in plan.cells.items():
+        passed = (
+            [training.step_size(node, task) for name, node in cell.inputs.items() if "k" in node.spec] if cell else []
+        )
+        for side, most in extra.items():
+            most[t] = max(most[t], sum(size.multiply_adds.get(side, 0) for size in passed))
+    queries = [
+        max(sum(adds[r] for r in {r for r, _ in views[t, k]} | {t}) for k in range(t + 1)) + extra["query"][t]
+        for t in releases
+    ]
+    moves = sum(  # updates that move every stored item
+        "gallery" in training.step_size(node, task).multiply_adds for node in steps(plan) if follows(node)
+    )
+    beside = max((side_dims(cell) for cell in plan.cells.values() if cell), default=0)
     return Cost(
         training_images=sum(facts["images_seen"] for facts in trained.values()),
         teacher_forwards=sum(facts["teacher_forwards"] for facts in trained.values()),
         trained_parameters=[size.trained_parameters for size in sizes],
         released_parameters=[size.released_parameters for size in sizes],
-        bytes_per_item=[4 * node.spec["dim"] for node in plan.releases],
-        query_encoders=max(len({release for release, _ in view}) for view in views),
-        query_multiply_adds=[size.multiply_adds for size in sizes],
+        bytes_per_item=[4 * (node.spec["dim"] + beside) for node in plan.releases],
+        query_encoders=max(len({release for release, _ in view}) for view in views.values()),
+        query_multiply_adds=queries,
         items_reembedded=0,
-        vectors_rewritten=0,
-        tuning_images=plan.method.tuning_images,
+        vectors_rewritten=moves * len(task.items(plan.split, "gallery")[0]),
+        tuning_images=method.tuning_images,
+        gallery_multiply_adds=extra["gallery"] if moves else [],
+    )
+
+
+def side_dims(cell: Node) -> int:
+    """Numbers stored per item beside its embedding: what the link reads under views other than "main"."""
+    inputs = cell.inputs.items()
+    return sum(
+        node.inputs["encoder"].spec["dim"]
+        for name, node in inputs
+        if name.startswith("gallery/") and name[-4:] != "main"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmark import catalog, training
-from benchmark.embeddings import Embeddings, Stored, View, read_tensors
+from benchmark.embeddings import Embeddings, Link, Stored, View, read_tensors
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from benchmark.heads import class_means
@@ -202,14 +202,20 @@ def _means(node: Node, task: Task, store: Store, report: training.Report) -> Non
     store.write_tensors(node, "means.safetensors", {"means": means, "counts": counts})
 
 
-def _score(node: Node, task: Task, store: Store, report: training.Report) -> None:
-    _, link = training.load_released(node.inputs["link"], task, store)
+def served(node: Node, task: Task, store: Store) -> tuple[Link, dict[str, dict[View, Tensor]]]:
+    """The link of a cell, and the views of its "query" and "gallery" items."""
     sides: dict[str, dict[View, Tensor]] = {"query": {}, "gallery": {}}
     for name, source in node.inputs.items():
-        if name != "link":
+        if not name.startswith("link"):
             side, release, view = name.split("/")
-            embedded = store.embeddings(source)
-            sides[side][int(release), view] = embedded.views[int(release), view].to(task.device)
+            matrix = store.embeddings(source).main(source.inputs["encoder"].spec["t"])
+            sides[side][int(release), view] = matrix.to(task.device)
+    links = [source for name, source in node.inputs.items() if name.startswith("link")]
+    return training.load_link(links, task, store), sides
+
+
+def _score(node: Node, task: Task, store: Store, report: training.Report) -> None:
+    link, sides = served(node, task, store)
     stored = Stored(node.spec["k"], node.spec["stored"])
     with torch.inference_mode():
         queries, gallery = link.query(sides["query"], stored), link.gallery(sides["gallery"], stored)
@@ -221,6 +227,7 @@ def _score(node: Node, task: Task, store: Store, report: training.Report) -> Non
 _KINDS: dict[str, Callable[[Node, Task, Store, training.Report], float | None]] = {
     "train": training.train,
     "frozen": _frozen,
+    "fit": training.fit,
     "embed": _embed,
     "means": _means,
     "score": _score,

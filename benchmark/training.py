@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.nn.utils import parametrize
 
 from benchmark import catalog
+from benchmark.bridge import Bridge, Side, join, multiply_adds
 from benchmark.embeddings import Link
 from benchmark.errors import UserError
 from benchmark.heads import Head
@@ -42,6 +43,7 @@ def bare_context(spec: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "head": partial(task.head, t),
         "prototype_head": partial(_prototype_head, task.protocol, t),
         "old_dim": spec["old_dim"],
+        "k": spec.get("k", t - 1 if t else None),
         "dims": {name: dim for name, (_, dim) in spec["needs"].items()},
     }
 
@@ -76,14 +78,34 @@ def load_released(node: Node, task: Task, store: Store) -> tuple[Encoder, Link]:
         raise UserError(
             f"{node.label}: the stored weights do not fit the network: {str(error).splitlines()[1].strip()}"
         ) from None
-    return encoder.to(task.device), link.to(task.device)
+    return encoder.to(task.device), link.float().to(task.device).eval().requires_grad_(False)
 
 
-def train(node: Node, task: Task, store: Store, report: Report) -> float:
-    """Fit one release and write encoder.safetensors, link.safetensors (if it has weights) and train.json.
+def load_link(nodes: Sequence[Node], task: Task, store: Store) -> Link:
+    """The link of some nodes, newest first: of released encoders, or of the steps of a `Bridge`."""
+    links = []
+    for node in nodes:
+        if "k" not in node.spec:
+            links.append(load_released(node, task, store)[1])
+            continue
+        with torch.random.fork_rng(devices=[]):
+            link = build(node, Context(**bare_context(node.spec, task))).link().float()  # as stored embeddings are
+        link.load_state_dict(store.read_tensors(node, "link.safetensors"))
+        links.append(link.to(task.device).eval().requires_grad_(False))
+    return join(links)
 
-    Returns the seconds that interrupted attempts had spent before this one.
-    """
+
+def fit(node: Node, task: Task, store: Store, report: Report) -> None:
+    """Make a closed-form step from stored embeddings; writes link.safetensors and train.json."""
+    method = build(node, full_context(node, task, store))
+    assert isinstance(method, Bridge)
+    facts = method.fit()
+    store.write_tensors(node, "link.safetensors", method.link().state_dict())
+    store.write_json(node, "train.json", {"history": [], "images_seen": 0, "teacher_forwards": 0, **facts})
+
+
+def full_context(node: Node, task: Task, store: Store) -> Context:
+    """All that a method may know, with every need loaded."""
     bare = bare_context(node.spec, task)
     encoders, means, embeddings = {}, {}, {}
     for name, source in node.inputs.items():
@@ -93,9 +115,17 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
             embeddings[name] = store.embeddings(source)
         else:
             encoders[name] = load_released(source, task, store)[0]
-    t, seed = node.spec["t"], node.spec["seed"]
-    loader = partial(_loader, task, t, seed)
-    context = Context(**bare, encoders=encoders, means=means, embeddings=embeddings, loader=loader)
+    loader = partial(_loader, task, node.spec["t"], node.spec["seed"])
+    return Context(**bare, encoders=encoders, means=means, embeddings=embeddings, loader=loader)
+
+
+def train(node: Node, task: Task, store: Store, report: Report) -> float:
+    """Fit one release or step; write train.json, encoder.safetensors (of a release), link.safetensors (if it has weights).
+
+    Returns the seconds that interrupted attempts had spent before this one.
+    """
+    context = full_context(node, task, store)
+    encoders, loader = context.encoders, partial(_loader, task, node.spec["t"], node.spec["seed"])
     method = build(node, context)
     recipe = method.recipe(context.release.recipe)
     if recipe.precision == "64-true":
@@ -126,8 +156,9 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
         raise KeyboardInterrupt from None
     if any(_fingerprint(encoders[name]) != value for name, value in before.items()):
         raise AssertionError(f"{node.label}: training changed a frozen encoder")
-    encoder, link = method.released(), method.link()
-    store.write_tensors(node, "encoder.safetensors", encoder.state_dict())
+    link = method.link()
+    if "k" not in node.spec:
+        store.write_tensors(node, "encoder.safetensors", method.released().state_dict())
     if link.state_dict():
         store.write_tensors(node, "link.safetensors", link.state_dict())
     images = trainer.global_step * batches.batch_size
@@ -227,6 +258,20 @@ def size(node: Node, task: Task) -> Size:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return Size(trained, sum(p.numel() for p in encoder.network.parameters()), counter.get_total_flops() // 2)
+
+
+class StepSize(NamedTuple):
+    parameters: int
+    multiply_adds: Mapping[Side, int]  # side -> per vector that passes
+
+
+def step_size(node: Node, task: Task) -> StepSize:
+    """Size of the maps between two releases that a node holds."""
+    with torch.random.fork_rng(devices=[]):
+        method = build(node, Context(**bare_context(node.spec, task)))
+    assert isinstance(method, Bridge)
+    adds = {side: multiply_adds(module) for side, module in method.passed().items()}
+    return StepSize(sum(w.numel() for w in method.link().state_dict().values()), adds)
 
 
 def _quiet() -> None:
