@@ -8,9 +8,10 @@ from pathlib import Path
 from benchmark import plots, protocol, record
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
-from leaderboards import tables
+from leaderboards import reproduction, tables
 
 README = protocol.LEADERBOARDS.parent / "README.md"
+REPRODUCTION = protocol.LEADERBOARDS / "REPRODUCTION.md"
 SHOWN = "cifar100-lite@1"  # in the README
 
 
@@ -50,6 +51,8 @@ def main() -> int:
                 before, rest = README.read_text().split("<!-- table -->\n")
                 after = rest.partition("<!-- end -->")[2]
                 write_bytes(README, f"{before}<!-- table -->\n{table}\n<!-- end -->{after}".encode())
+        write_bytes(REPRODUCTION, reproduction.render(reproduction.load()).encode())
+        print(REPRODUCTION.name)
     except UserError as error:
         print(f"leaderboards: {error}", file=sys.stderr)
         return 2
