@@ -21,8 +21,10 @@ from benchmark import protocol
 from benchmark.errors import UserError
 from benchmark.record import Strict
 from leaderboards import tables
+from leaderboards.pages import markdown
 
 DATA = protocol.LEADERBOARDS / "reproduction.yaml"
+PAGE = protocol.LEADERBOARDS / "REPRODUCTION.md"
 CELLS = {"old/old": (0, 0), "new/old": (1, 0), "new/new": (1, 1)}  # (query release, gallery release) of two releases
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -212,16 +214,16 @@ def render(table: Table, root: Path = protocol.LEADERBOARDS) -> str:
         if method.results:
             lines = [_line(table, result, measured[id(result)]) for result in method.results]
             text += [
-                _table(["setting", "case", "metric", "published", "source", "ours", "gap", "status", "note"], lines)
+                markdown(["setting", "case", "metric", "published", "source", "ours", "gap", "status", "note"], lines)
             ]
         else:
             text += ["No number of this method could be read."]
     sought = [[m.name, "those above" if m.results else "none", m.sought] for m in table.methods if m.sought]
-    text += ["## Sought and not readable", _table(["method", "numbers at hand", "sought"], sought)]
+    text += ["## Sought and not readable", markdown(["method", "numbers at hand", "sought"], sought)]
     columns = ["setting", "data", "split", "models", "evaluation", "our protocol", "tolerance"]
-    text += ["## Settings", _table(columns, [_setting(name, one, root) for name, one in table.settings.items()])]
+    text += ["## Settings", markdown(columns, [_setting(name, one, root) for name, one in table.settings.items()])]
     sources = [[name, source.text, source.evidence] for name, source in table.sources.items()]
-    text += ["## Sources", _table(["source", "what", "evidence"], sources)]
+    text += ["## Sources", markdown(["source", "what", "evidence"], sources)]
     text += ["Evidence: " + "; ".join(f"*{name}* = {meaning}" for name, meaning in EVIDENCE.items()) + "."]
     text += [
         "Made from `reproduction.yaml` and the records by `make leaderboards`; no number of ours is typed by hand."
@@ -246,8 +248,3 @@ def _setting(name: str, one: Setting, root: Path) -> list[str]:
         board += " (to be defined)"
     tolerance = f"{one.tolerance:g} points: {one.why}" if one.tolerance else ""
     return [name, one.data, one.split, one.models, one.evaluation, board, tolerance]
-
-
-def _table(columns: list[str], lines: list[list[str]]) -> str:
-    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(head + ["| " + " | ".join(line) + " |" for line in lines])
