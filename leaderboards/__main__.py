@@ -23,9 +23,8 @@ def boards() -> list[Path]:
 
 def texts(folder: Path, found: list[tables.Row]) -> Iterator[tuple[Path, str]]:
     """Every page made from one leaderboard, and what it says."""
-    made = pages.page(folder, found)
-    shown = made.pop("")
-    yield from ((folder / name, text) for name, text in made.items())
+    files, shown = pages.page(folder, found)
+    yield from ((folder / name, text) for name, text in files.items())
     if folder.name == SHOWN:
         before, rest = README.read_text().split("<!-- table -->\n")
         after = rest.partition("<!-- end -->")[2]

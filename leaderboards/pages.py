@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmark import protocol, record
@@ -13,30 +14,49 @@ from benchmark.statistics import Interval
 from leaderboards import tables
 from leaderboards.tables import Line, Row
 
-CELLS = """\
+LEGEND = """\
 Cells are {metric} in percent, mean of n seeds: `2→1` = queries of release 2 against the gallery of release 1, `2/2` = both
-by release 2. ± is half the width of the 95 % interval over seeds, classes and queries. ✓ = better than the old system (the
-method's own release and the independent one) by the lower ends of paired 95 % intervals. AC: share of cross cells above their
-own old/old, of the mean matrix; AC95: share with ✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same
-bytes; `2=` is shared by rows that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %).
-Update gain: 100 % = as good as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the
-oracle, mean of the new releases. Negative flips: queries right before the update and wrong after it, mean of the cross cells.
-Rows of unequal bytes are not to be compared without their control (BCT-extra for BT2 and OCA)."""
-ORACLE = "Oracle (both by the independent release, which a full backfill would give): {}."
+by release 2. Oracle: both by the independent release, what a full backfill would give{oracle}. ± is half the width of the 95 %
+interval over seeds, classes and queries; a class that is hard is hard for all rows, so rows whose intervals overlap may well
+differ: ranks compare them query by query. ✓ = better than the old system (the method's own release and the independent one) by
+the lower ends of paired 95 % intervals. AC: share of cross cells above their own old/old, of the mean matrix; AC95: share with ✓;
+AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes; `2=` is shared by rows that a paired bootstrap
+test cannot tell from the best of them (Holm over the group's pairs, 5 %). Update gain: 100 % = as good as the oracle's full
+backfill; a dash where a step is not above 3 points. New/new drop: against the oracle, mean of the new releases. Negative flips:
+queries right before the update and wrong after it, mean of the cross cells. Rows of unequal bytes are not to be compared without
+their control (BCT-extra for BT2 and OCA). {more}"""
 BILLED = "Images trained: all trainings that the row needs if it is run alone, and the trials of tuned rows."
+ENDS = "What a row costs stands in the last table, both ends of every interval in [table.csv](table.csv)."
 COST = """\
 Billed as if the row were run alone, the same on every stratum. Images: seen in training (old releases and oracles that the row
 needs included), in the trials of tuned rows, and by frozen teachers during training. Parameters: of the last release, trained and
 released, over Independent's. Multiply-adds: of one query by the last release. Items re-embedded and vectors rewritten: of the
-gallery, before the new release can answer. Training seconds are in the records; the machine was shared, so they do not compare."""
-FILES = """\
-[table.csv](table.csv) holds every number of this page with both ends of its interval. Made from the records in this folder by
-`make leaderboards`; nothing here is typed by hand."""
+gallery, before the new release can answer. Training seconds stand in the records; they hang on the machine and its load, so they
+are not compared here."""
+MADE = "Made from the records in this folder by `make leaderboards`; nothing here is typed by hand."
+
+
+def _millions(images: int) -> str:
+    return f"{images / 1e6:.2f} M" if images else "0"
+
+
+BILL: Mapping[str, Callable[[Cost, Cost], str]] = {  # column -> of a row's cost and of Independent's
+    "bytes/item by release": lambda one, bound: " / ".join(map(str, one.bytes_per_item)),
+    "images trained": lambda one, bound: _millions(one.training_images),
+    "in trials": lambda one, bound: _millions(one.tuning_images),
+    "teacher forwards": lambda one, bound: _millions(one.teacher_forwards),
+    "extra parameters trained": lambda one, bound: f"{one.trained_parameters[-1] - bound.trained_parameters[-1]:+,}",
+    "released": lambda one, bound: f"{one.released_parameters[-1] - bound.released_parameters[-1]:+,}",
+    "multiply-adds/query": lambda one, bound: f"{one.query_multiply_adds[-1] / 1e6:.2f} M",
+    "query encoders": lambda one, bound: str(one.query_encoders),
+    "items re-embedded": lambda one, bound: f"{one.items_reembedded:,}",
+    "vectors rewritten": lambda one, bound: f"{one.vectors_rewritten:,}",
+}
 
 
 def compact(lines: Sequence[Line]) -> str:
     """One line a method, for the project's README."""
-    cells = list(lines[0].cells)
+    cells = _triangle(lines)
     head = ["method", "bytes/item", *map(_cell, cells), "AC", "AC95", "AM", "rank", "update gain", "new/new drop"]
     body = [
         [
@@ -58,14 +78,13 @@ def compact(lines: Sequence[Line]) -> str:
     return markdown([*head, "neg. flips", "images trained", "n"], body)
 
 
-def legend(lines: Sequence[Line], metric: str) -> str:
-    oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(lines[0].oracle))
-    return " ".join([CELLS.format(metric=metric), ORACLE.format(oracle), BILLED])
+def legend(metric: str, more: str, oracle: str = "") -> str:
+    return textwrap.fill(LEGEND.format(metric=metric, oracle=oracle, more=more), 124, break_on_hyphens=False)
 
 
 def accuracy(lines: Sequence[Line]) -> str:
     """One line a method, every number with half its interval, each diagonal cell beside its oracle."""
-    cells = list(lines[0].cells)
+    cells = _triangle(lines)
     head = ["method", "bytes/item", "AM", "rank"]
     for t, k in cells:
         head += [_cell((t, k)), *([f"oracle {t + 1}/{t + 1}"] if t == k else [])]
@@ -84,41 +103,12 @@ def accuracy(lines: Sequence[Line]) -> str:
 def cost(found: Sequence[Row]) -> str:
     """One line a method; one table for all strata."""
     bound = tables.independent_row(found).records[0].cost
-    head = [
-        "method",
-        "bytes/item by release",
-        "images trained",
-        "in trials",
-        "teacher forwards",
-        "extra parameters trained",
-    ]
-    head += [
-        "extra parameters released",
-        "multiply-adds/query",
-        "query encoders",
-        "items re-embedded",
-        "vectors rewritten",
-    ]
-    return markdown(head, [[row.name, *_billed(row.records[0].cost, bound)] for row in found])
+    body = [[row.name, *(show(row.records[0].cost, bound) for show in BILL.values())] for row in found]
+    return markdown(["method", *BILL], body)
 
 
-def _billed(one: Cost, bound: Cost) -> list[str]:
-    return [
-        " / ".join(map(str, one.bytes_per_item)),
-        _millions(one.training_images),
-        _millions(one.tuning_images),
-        _millions(one.teacher_forwards),
-        f"{one.trained_parameters[-1] - bound.trained_parameters[-1]:+,}",
-        f"{one.released_parameters[-1] - bound.released_parameters[-1]:+,}",
-        f"{one.query_multiply_adds[-1] / 1e6:.2f} M",
-        str(one.query_encoders),
-        f"{one.items_reembedded:,}",
-        f"{one.vectors_rewritten:,}",
-    ]
-
-
-def page(folder: Path, found: Sequence[Row]) -> dict[str, str]:
-    """README.md and table.csv of one leaderboard by file name, and under "" what the project's README shows of it."""
+def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
+    """The files of one leaderboard by name (README.md, table.csv), and what the project's README shows of it."""
     definition, first = protocol.load(folder), found[0].records[0]
     metric = definition.primary_metric
     metrics = [metric, *(other for other in first.matrices if other != metric)]
@@ -126,7 +116,7 @@ def page(folder: Path, found: Sequence[Row]) -> dict[str, str]:
     by_stratum = {s: tables.lines(found, metrics if s == "all" else [metric], s) for s in strata}
     main = by_stratum["all"][metric]
     text = [f"# {folder.name}", definition.description + ".", "![compatibility matrices](matrices.png)"]
-    text += [legend(main, metric)]
+    text += [legend(metric, ENDS)]
     steps = tables.upgrades(tables.independent_row(found), metric)
     said = [f"{step}: {100 * i.mean:+.1f} ({100 * i.lower:+.1f} to {100 * i.upper:+.1f})" for step, i in steps.items()]
     text += [f"Steps of independent training, own queries on own gallery, points of {metric}: " + "; ".join(said) + "."]
@@ -135,13 +125,12 @@ def page(folder: Path, found: Sequence[Row]) -> dict[str, str]:
         text += [title, accuracy(by_stratum[stratum][metric])]
     for other in metrics[1:]:
         text += [f"## {other}, all queries", accuracy(by_stratum["all"][other])]
-    text += ["## Cost", COST, cost(found), FILES]
+    text += ["## Cost", COST, cost(found), MADE]
+    bound = next(line for line in main if line.row.name == "Independent").oracle
+    oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(bound))
     every = ((name, s, one) for s, by_metric in by_stratum.items() for name, one in by_metric.items())
-    return {
-        "README.md": "\n\n".join(text) + "\n",
-        "table.csv": spreadsheet(every),
-        "": compact(main) + "\n\n" + legend(main, metric),
-    }
+    files = {"README.md": "\n\n".join(text) + "\n", "table.csv": spreadsheet(every)}
+    return files, compact(main) + "\n\n" + legend(metric, BILLED, f" (here {oracle})")
 
 
 def spreadsheet(found: Iterable[tuple[str, str, Sequence[Line]]]) -> str:
@@ -170,6 +159,10 @@ def markdown(columns: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(head + ["| " + " | ".join(line) + " |" for line in body])
 
 
+def _triangle(lines: Sequence[Line]) -> list[tuple[int, int]]:
+    return [(t, k) for t in range(len(lines[0].oracle)) for k in range(t + 1)]
+
+
 def _cell(at: tuple[int, int]) -> str:
     t, k = at
     return f"{t + 1}→{k + 1}" if k < t else f"{t + 1}/{t + 1}"
@@ -187,7 +180,3 @@ def _percent(
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}"
-
-
-def _millions(images: int) -> str:
-    return f"{images / 1e6:.2f} M" if images else "0"
