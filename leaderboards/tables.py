@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,9 +175,9 @@ def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[s
     seeds = independent_row(found).seeds
     labels = found[0].outputs[0]["labels"][mask]
     releases = len(found[0].records[0].releases)
-    whole = [row for row in found if len(row.cells()) == releases * (releases + 1) // 2]
-    full = [row for row in whole if row.seeds == seeds and not statistics.indicative(len(seeds))]
-    said = {metric: {row.name: "indicative" if row in whole else "–" for row in found} for metric in metrics}
+    whole = {row.name: len(row.cells()) == releases * (releases + 1) // 2 for row in found}
+    full = [row for row in found if whole[row.name] and row.seeds == seeds and not statistics.indicative(len(seeds))]
+    said = {metric: {name: "indicative" if kept else "–" for name, kept in whole.items()} for metric in metrics}
     if not full:
         return said
     values = np.stack(
@@ -196,14 +195,13 @@ def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[s
     return said
 
 
-Resampled = Mapping[
-    tuple[str, str, Any], NDArray
-]  # (metric, row or "", cell or "flips") -> (resamples,); "" = Independent
+# (metric, row, cell or "flips") -> (resamples,); the row "" is Independent with the same seeds
+Resampled = Mapping[tuple[str, str, Cell | str], NDArray]
 
 
 def _resampled(group: Sequence[Row], bound: Row, metrics: Sequence[str], mask: NDArray) -> Resampled:
     """Bootstrap distributions of everything that a line is made of, in one call: the resamples are most of the cost."""
-    values: dict[tuple[str, str, Any], NDArray] = {}
+    values: dict[tuple[str, str, Cell | str], NDArray] = {}
     for metric in metrics:
         for name, row in (("", bound), *((row.name, row) for row in group)):
             per_cell = {at: row.values(metric, *at)[:, mask] for at in row.cells()}
@@ -211,7 +209,8 @@ def _resampled(group: Sequence[Row], bound: Row, metrics: Sequence[str], mask: N
             if metric.startswith("cmc") and name:
                 before = {k: values[metric, "", (k, k)] if row.pairwise else per_cell[k, k] for _, k in per_cell}
                 lost = [before[k] * (1 - per_cell[t, k]) for t, k in per_cell if k < t]  # hit before, missed after
-                values[metric, name, "flips"] = np.mean(lost, 0)
+                if lost:
+                    values[metric, name, "flips"] = np.mean(lost, 0)
     labels = bound.outputs[0]["labels"][mask]
     drawn = statistics.bootstrap_means(np.stack(list(values.values())), labels, seed=0, resamples=RESAMPLES)
     return dict(zip(values, drawn.T))
@@ -220,9 +219,8 @@ def _resampled(group: Sequence[Row], bound: Row, metrics: Sequence[str], mask: N
 def _line(row: Row, bound: Row, metric: str, stratum: str, rank: str, drawn: Resampled) -> Line:
     C, independent = row.mean(metric, stratum), bound.mean(metric, stratum)
     T, defined = len(C), row.cells()
-    old = {
-        k: drawn[metric, "" if row.pairwise else row.name, (k, k)] for k in range(T)
-    }  # what users had the day before
+    yardstick = "" if row.pairwise else row.name  # whose old/old users had the day before
+    old = {k: drawn[metric, yardstick, (k, k)] for k in range(T)}
     own, over = np.full((T, T), np.nan), np.full((T, T), np.nan)
     gains = []
     cross = [(t, k) for t, k in defined if k < t]
