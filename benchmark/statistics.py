@@ -254,11 +254,17 @@ def bootstrap_ties(
     if indicative(values.shape[1]):
         raise ValueError(f"ties needs {MIN_SEEDS} seeds, got {values.shape[1]}; show such rows as indicative, unranked")
     drawn = bootstrap_means(values, labels, seed=seed, resamples=resamples)  # (resamples, R)
-    pairs = list(combinations(range(len(names)), 2))
-    rarer = [min(int((drawn[:, a] <= drawn[:, b]).sum()), int((drawn[:, a] >= drawn[:, b]).sum())) for a, b in pairs]
-    adjusted = holm([min(1.0, 2 * (1 + r) / (1 + resamples)) for r in rarer])
     means = {name: float(_per_seed(row).mean()) for name, row in zip(names, values)}
-    return _grouped(means, {(names[a], names[b]): p for (a, b), p in zip(pairs, adjusted)}, alpha)
+    return ties_of_resamples(means, dict(zip(names, drawn.T)), alpha)
+
+
+def ties_of_resamples(means: Mapping[str, float], drawn: Mapping[str, Array], alpha: float = 0.05) -> list[list[str]]:
+    """`bootstrap_ties` of rows whose resamples are at hand: name -> mean, name -> (resamples,) on the same resamples."""
+    pairs = list(combinations(means, 2))
+    resamples = len(next(iter(drawn.values())))
+    rarer = [min(int((drawn[a] <= drawn[b]).sum()), int((drawn[a] >= drawn[b]).sum())) for a, b in pairs]
+    adjusted = holm([min(1.0, 2 * (1 + r) / (1 + resamples)) for r in rarer])
+    return _grouped(means, dict(zip(pairs, adjusted)), alpha)
 
 
 def _grouped(means: Mapping[str, float], adjusted: Mapping[tuple[str, str], float], alpha: float) -> list[list[str]]:

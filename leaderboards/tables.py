@@ -1,12 +1,12 @@
-"""Tables and pictures of a leaderboard, computed from its records and nothing else. No torch.
+"""What a leaderboard's records say, computed from them and nothing else: rows, and per stratum lines with intervals. No torch.
 
 Every record is first checked against its own per-query outputs: a number that these do not give again is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,14 @@ from benchmark import compatibility, outputs, protocol, record, statistics
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from benchmark.record import Record
+from benchmark.statistics import Interval
 
 TOLERANCE = 1e-6  # outputs keep AP in float32
+RESAMPLES = 2000  # of intervals
+RANK_RESAMPLES = 10_000  # of AM: Holm over the pairs of a table needs small p-values
+LEVEL = (0.025, 0.975)
+
+Cell = tuple[int, int]  # (query release, gallery release)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,30 @@ class Row:
     def bytes(self) -> int:
         """Stored per item by the last release."""
         return self.records[0].cost.bytes_per_item[-1]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(one.seed for one in self.records)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the old release of every step is the independent one, not the method's own."""
+        return self.records[0].method.mode == "pairwise"
+
+    def cells(self) -> list[Cell]:
+        """Those that are defined, the lower triangle row by row."""
+        T = len(self.records[0].releases)
+        return [(t, k) for t in range(T) for k in range(t + 1) if f"first/{t}/{k}" in self.outputs[0]]
+
+    def only(self, seeds: Sequence[int]) -> Row:
+        """The same row with these seeds, in this order."""
+        at = {seed: i for i, seed in enumerate(self.seeds)}
+        if missing := [seed for seed in seeds if seed not in at]:
+            raise UserError(
+                f"{self.name} has no seed {missing[0]}, which another row has; run it, rows are paired by seed"
+            )
+        kept = [at[seed] for seed in seeds]
+        return replace(self, records=[self.records[i] for i in kept], outputs=[self.outputs[i] for i in kept])
 
     def values(self, metric: str, t: int, k: int) -> NDArray:
         """(seeds, queries)"""
@@ -80,15 +110,15 @@ def checked(file: Path, one: Record) -> outputs.Outputs:
     return arrays
 
 
-def independent_row(folder: Path, found: Sequence[Row]) -> Row:
+def independent_row(found: Sequence[Row]) -> Row:
     """The bounds of every table."""
     for row in found:
         if row.name == "Independent":
             return row
-    raise UserError(f"{folder} has no Independent row, the bounds of every table")
+    raise UserError("the leaderboard has no Independent row, the bounds of every table")
 
 
-def upgrades(row: Row, metric: str) -> dict[str, statistics.Interval]:
+def upgrades(row: Row, metric: str) -> dict[str, Interval]:
     """Is every step a real upgrade? Intervals of I[t, t] - I[k, k] of independent training, by "k to t" (counted from 1)."""
     labels, releases = row.outputs[0]["labels"], range(len(row.records[0].releases))
     return {
@@ -98,82 +128,136 @@ def upgrades(row: Row, metric: str) -> dict[str, statistics.Interval]:
     }
 
 
-def ranks(found: Sequence[Row], metric: str, mask: NDArray) -> dict[str, str]:
-    """Rank of each row among those that store the same bytes: by AM, one rank for rows that cannot be told apart.
+# --------------------------------------------------------------------------------------------------------------- lines
 
-    The per-query value behind AM is the mean over the cells of the lower triangle. Below six seeds a row has no rank.
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one stratum by one metric, shares in [0, 1]; None and absent where undefined.
+
+    Intervals are 95 % percentile intervals over seeds, classes and queries (`statistics.bootstrap_means`).
     """
+
+    row: Row
+    cells: Mapping[Cell, Interval]
+    passed: frozenset[Cell]  # cross cells that count for AC95
+    oracle: Sequence[float]  # I[t, t]: queries and gallery by the independent release t
+    ac: float | None
+    ac95: float | None
+    am: Interval | None
+    rank: str
+    gain: Interval | None  # update gain, mean of the cross cells
+    drop: Interval | None  # C[t, t] - I[t, t], mean of the new releases
+    flips: Interval | None  # negative flips, mean of the cross cells
+
+
+def lines(found: Sequence[Row], metrics: Sequence[str], stratum: str) -> dict[str, list[Line]]:
+    """By metric a line for each row, in the order of the table. All rows share the resamples, as they share the queries."""
+    independent = independent_row(found)
+    mask = outputs.strata(found[0].outputs[0])[stratum]
+    rank = ranks(found, metrics, mask)
+    made: dict[str, dict[str, Line]] = {metric: {} for metric in metrics}
+    for seeds in dict.fromkeys(row.seeds for row in found):
+        bound, group = independent.only(seeds), [row for row in found if row.seeds == seeds]
+        drawn = _resampled(group, bound, metrics, mask)
+        for metric in metrics:
+            for row in group:
+                made[metric][row.name] = _line(row, bound, metric, stratum, rank[metric][row.name], drawn)
+    return {metric: [made[metric][row.name] for row in in_order(found, metric, stratum)] for metric in metrics}
+
+
+def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[str, dict[str, str]]:
+    """By metric the rank of each row among those that store the same bytes: by AM, one rank for rows that cannot be told apart.
+
+    The per-query value behind AM is the mean over the cells of the lower triangle. Ranked are rows of at least six seeds,
+    the same as Independent's; others are "indicative". A row with an undefined cell has no AM and no rank.
+    """
+    seeds = independent_row(found).seeds
     labels = found[0].outputs[0]["labels"][mask]
-    said: dict[str, str] = {}
-    for size in {row.bytes for row in found}:
-        group = {row.name: _am_values(row, metric)[:, mask] for row in found if row.bytes == size}
-        full = {name: values for name, values in group.items() if not statistics.indicative(len(values))}
-        said |= dict.fromkeys(group.keys() - full.keys(), "indicative")
-        rank = 1
-        for tied in statistics.bootstrap_ties(full, labels, seed=0) if full else []:
-            said |= {name: f"{rank}=" if len(tied) > 1 else str(rank) for name in tied}
-            rank += len(tied)
+    releases = len(found[0].records[0].releases)
+    whole = {row.name: len(row.cells()) == releases * (releases + 1) // 2 for row in found}
+    full = [row for row in found if whole[row.name] and row.seeds == seeds and not statistics.indicative(len(seeds))]
+    said = {metric: {name: "indicative" if kept else "–" for name, kept in whole.items()} for metric in metrics}
+    if not full:
+        return said
+    values = np.stack(
+        [np.mean([row.values(m, *at)[:, mask] for at in row.cells()], 0) for m in metrics for row in full]
+    )
+    drawn = statistics.bootstrap_means(values, labels, seed=0, resamples=RANK_RESAMPLES)
+    for i, metric in enumerate(metrics):
+        column = {row.name: i * len(full) + j for j, row in enumerate(full)}
+        for size in {row.bytes for row in full}:
+            group = [row.name for row in full if row.bytes == size]
+            rank, means = 1, {name: float(np.nanmean(values[column[name]])) for name in group}
+            for tied in statistics.ties_of_resamples(means, {name: drawn[:, column[name]] for name in group}):
+                said[metric] |= {name: f"{rank}=" if len(tied) > 1 else str(rank) for name in tied}
+                rank += len(tied)
     return said
 
 
-def _am_values(row: Row, metric: str) -> NDArray:
-    """(seeds, queries)"""
-    releases = range(len(row.records[0].releases))
-    return np.mean([row.values(metric, t, k) for t in releases for k in range(t + 1)], 0)
+# (metric, row, cell or "flips") -> (resamples,); the row "" is Independent with the same seeds
+Resampled = Mapping[tuple[str, str, Cell | str], NDArray]
 
 
-def table(folder: Path, found: Sequence[Row], metric: str, stratum: str = "all") -> str:
-    """Markdown: one line a method, cells in percent as mean of the seeds, ✓ where a cross cell counts for AC95."""
-    independent = independent_row(folder, found)
-    mask = outputs.strata(found[0].outputs[0])[stratum]
-    releases = len(found[0].records[0].releases)
-    pairs = [(t, k) for t in range(releases) for k in range(t + 1)]
-    head = ["method", "bytes/item", *(f"{t + 1}→{k + 1}" if k < t else f"{t + 1}/{t + 1}" for t, k in pairs)]
-    head += ["AC", "AC95", "AM", "rank", "update gain", "new/new drop", "neg. flips", "images trained", "n"]
-    bound = independent.mean(metric, stratum)
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    rank = ranks(found, metric, mask)
-    for row in in_order(found, metric, stratum):
-        C = row.mean(metric, stratum)
-        own, over = outputs.lower_bounds(row.outputs, [row.outputs, independent.outputs], metric, mask, seed=0)
-        said = compatibility.summary(C, bound, lower_own=own, lower_independent=over)
-        gain, drop = said["mean_update_gain"], [x for x in said["new_to_new_drop"][1:] if x is not None]
-        flips = [f["negative"] for one in row.records for f in one.summary[metric][stratum].get("flips", {}).values()]
-        cells = [f"{100 * C[t, k]:.1f}{' ✓' if k < t and own[t, k] > 0 and over[t, k] > 0 else ''}" for t, k in pairs]
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    row.name,
-                    str(row.bytes),
-                    *cells,
-                    _percent(said["average_compatibility"]),
-                    _percent(said["average_compatibility_95"]),
-                    _percent(said["average_multimodel_accuracy"], 1),
-                    rank[row.name],
-                    "–" if gain is None else f"{100 * gain:+.0f} %",
-                    f"{100 * np.mean(drop):+.1f}",
-                    f"{100 * np.mean(flips):.1f} %" if flips else "–",
-                    f"{(row.records[0].cost.training_images + row.records[0].cost.tuning_images) / 1e6:.2f} M",
-                    str(len(row.records)),
-                ]
-            )
-            + " |"
-        )
-    return "\n".join(lines)
+def _resampled(group: Sequence[Row], bound: Row, metrics: Sequence[str], mask: NDArray) -> Resampled:
+    """Bootstrap distributions of everything that a line is made of, in one call: the resamples are most of the cost."""
+    values: dict[tuple[str, str, Cell | str], NDArray] = {}
+    for metric in metrics:
+        for name, row in (("", bound), *((row.name, row) for row in group)):
+            per_cell = {at: row.values(metric, *at)[:, mask] for at in row.cells()}
+            values |= {(metric, name, at): value for at, value in per_cell.items()}
+            if metric.startswith("cmc") and name:
+                before = {k: values[metric, "", (k, k)] if row.pairwise else per_cell[k, k] for _, k in per_cell}
+                lost = [before[k] * (1 - per_cell[t, k]) for t, k in per_cell if k < t]  # hit before, missed after
+                if lost:
+                    values[metric, name, "flips"] = np.mean(lost, 0)
+    labels = bound.outputs[0]["labels"][mask]
+    drawn = statistics.bootstrap_means(np.stack(list(values.values())), labels, seed=0, resamples=RESAMPLES)
+    return dict(zip(values, drawn.T))
 
 
-def _percent(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+def _line(row: Row, bound: Row, metric: str, stratum: str, rank: str, drawn: Resampled) -> Line:
+    C, independent = row.mean(metric, stratum), bound.mean(metric, stratum)
+    T, defined = len(C), row.cells()
+    yardstick = "" if row.pairwise else row.name  # whose old/old users had the day before
+    old = {k: drawn[metric, yardstick, (k, k)] for k in range(T)}
+    own, over = np.full((T, T), np.nan), np.full((T, T), np.nan)
+    gains = []
+    cross = [(t, k) for t, k in defined if k < t]
+    for t, k in cross:
+        new, oracle = drawn[metric, row.name, (t, k)], drawn[metric, "", (t, t)]
+        own[t, k] = np.quantile(new - old[k], LEVEL[0])
+        over[t, k] = np.quantile(new - drawn[metric, "", (k, k)], LEVEL[0])
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a step too small to be shown
+            gains.append((new - old[k]) / (oracle - old[k]))
+    said = compatibility.summary(
+        C,
+        independent,
+        old_old=np.diag(independent) if row.pairwise else None,
+        lower_own=own,
+        lower_independent=over,
+    )
 
+    def interval(mean: float | None, parts: Sequence[NDArray]) -> Interval | None:
+        """Of the mean of several quantities on the same resamples."""
+        if mean is None:
+            return None
+        lower, upper = np.quantile(np.mean(parts, 0), LEVEL)
+        return Interval(mean, float(lower), float(upper), len(row.seeds))
 
-LEGEND = """\
-Cells are {metric} in percent, mean of n seeds: `2→1` = queries of release 2 against the gallery of release 1, `2/2` = both
-by release 2. ✓ = better than the old system (the method's own release and the independent one) by the lower ends of paired
-95 % intervals over seeds, classes and queries. AC: share of cross cells above their own old/old, of the mean matrix; AC95:
-share with ✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes; `2=` is shared by rows that
-a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %). Update gain: 100 % = as good
-as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the oracle, mean of the new
-releases. Negative flips: queries right before the update and wrong after it, mean of the cross cells. Rows of unequal bytes
-are not to be compared without their control (BCT-extra for BT2 and OCA). Images trained: all trainings that the row needs
-if it is run alone, and the trials of tuned rows."""
+    cells = {at: interval(float(C[at]), [drawn[metric, row.name, at]]) for at in defined}
+    drops = [drawn[metric, row.name, (t, t)] - drawn[metric, "", (t, t)] for t in range(1, T)]
+    flips = [f["negative"] for one in row.records for f in one.summary[metric][stratum].get("flips", {}).values()]
+    return Line(
+        row=row,
+        cells={at: one for at, one in cells.items() if one},
+        passed=frozenset((t, k) for t, k in cross if own[t, k] > 0 and over[t, k] > 0),
+        oracle=[float(value) for value in np.diag(independent)],
+        ac=said["average_compatibility"],
+        ac95=said["average_compatibility_95"],
+        am=interval(said["average_multimodel_accuracy"], [drawn[metric, row.name, at] for at in defined]),
+        rank=rank,
+        gain=interval(said["mean_update_gain"], gains),
+        drop=interval(float(np.mean(said["new_to_new_drop"][1:])), drops) if drops else None,
+        flips=interval(float(np.mean(flips)), [drawn[metric, row.name, "flips"]]) if flips else None,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from benchmark import catalog, outputs, protocol, record
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
-from leaderboards import tables
+from leaderboards import pages, reproduction, tables
+from leaderboards.__main__ import boards, texts
 
 LITE = protocol.LEADERBOARDS / "cifar100-lite@1"
+STRATA = ("all", "old-seen", "new-only", "never-seen")
 BOARDS = [protocol.LEADERBOARDS / name for name in protocol.shipped()]
+
+
+@pytest.fixture(scope="module")
+def lite() -> list[tables.Row]:
+    return tables.rows(LITE)
 
 
 @pytest.mark.parametrize("folder", BOARDS, ids=lambda folder: folder.name)
@@ -37,8 +46,8 @@ def test_the_frozen_old_releases_are_the_protocols(folder: Path) -> None:
         assert sha256_file(path) == sha and path.stat().st_size < 1_000_000
 
 
-def test_all_methods_have_all_seeds_and_share_old_releases_and_bounds() -> None:
-    definition, found = protocol.load(LITE), tables.rows(LITE)
+def test_all_methods_have_all_seeds_and_share_old_releases_and_bounds(lite: list[tables.Row]) -> None:
+    definition, found = protocol.load(LITE), lite
     assert {row.name for row in found} >= set(catalog.entries("method"))
     for row in found:
         assert [one.seed for one in row.records] == list(definition.seeds)
@@ -52,14 +61,14 @@ def test_all_methods_have_all_seeds_and_share_old_releases_and_bounds() -> None:
         assert all(row.records[seed].independent == found[0].records[seed].independent for row in found)
 
 
-def test_every_step_is_a_real_upgrade() -> None:
+def test_every_step_is_a_real_upgrade(lite: list[tables.Row]) -> None:
     """The rule under which a protocol may be released: lower bounds above 3 points of the primary metric."""
-    steps = tables.upgrades(tables.independent_row(LITE, tables.rows(LITE)), protocol.load(LITE).primary_metric)
+    steps = tables.upgrades(tables.independent_row(lite), protocol.load(LITE).primary_metric)
     assert len(steps) == 3 and all(interval.lower > 0.03 for interval in steps.values())
 
 
-def test_without_compatibility_cross_cells_are_near_chance() -> None:
-    C = tables.independent_row(LITE, tables.rows(LITE)).mean("cmc@1", "all")
+def test_without_compatibility_cross_cells_are_near_chance(lite: list[tables.Row]) -> None:
+    C = tables.independent_row(lite).mean("cmc@1", "all")
     assert (C[np.tril_indices(3, -1)] < 0.025).all()
 
 
@@ -72,13 +81,15 @@ def test_the_recipe_was_chosen_on_the_validation_split_and_on_seeds_that_are_not
     assert not {trial["seed"] for trial in trials} & set(protocol.load(LITE).seeds)
 
 
-def test_the_tables_shown_are_up_to_date() -> None:
-    found, metric = tables.rows(LITE), protocol.load(LITE).primary_metric
-    table = tables.table(LITE, found, metric)
-    assert table in (protocol.LEADERBOARDS.parent / "README.md").read_text()
-    shown = (LITE / "README.md").read_text()
-    for stratum in found[0].records[0].matrices[metric]:
-        assert tables.table(LITE, found, metric, stratum) in shown
+@pytest.mark.parametrize("folder", boards(), ids=lambda folder: folder.name)
+def test_the_pages_shown_are_up_to_date(folder: Path, lite: list[tables.Row]) -> None:
+    found = lite if folder == LITE else tables.rows(folder)
+    for path, text in texts(folder, found):
+        assert path.read_text() == text, f"{path} is stale: make leaderboards"
+
+
+def test_the_reproduction_page_is_up_to_date() -> None:
+    assert reproduction.PAGE.read_text() == reproduction.render(reproduction.load()), "stale: make leaderboards"
 
 
 def test_a_changed_number_is_refused(tmp_path: Path) -> None:
@@ -91,12 +102,155 @@ def test_a_changed_number_is_refused(tmp_path: Path) -> None:
         tables.checked(tmp_path / "seed0.json", record.load(tmp_path / "seed0.json"))
 
 
-def test_ranks_are_within_equal_bytes_and_shared_by_rows_that_cannot_be_told_apart() -> None:
-    found = tables.rows(LITE)
-    mask = outputs.strata(found[0].outputs[0])["all"]
-    by_name = {row.name: row for row in found}
+def test_ranks_are_within_equal_bytes_and_shared_by_rows_that_cannot_be_told_apart(lite: list[tables.Row]) -> None:
+    mask = outputs.strata(lite[0].outputs[0])["all"]
+    by_name = {row.name: row for row in lite}
     twin = replace(by_name["BCT"], name="Twin")
-    few = replace(by_name["BT2"], name="Few", records=by_name["BT2"].records[:5], outputs=by_name["BT2"].outputs[:5])
+    few = replace(by_name["BT2"].only([0, 1, 2, 3, 4]), name="Few")
     shown = [by_name["BCT"], by_name["Independent"], by_name["BT2"], twin, few]
-    ranks = tables.ranks(shown, "cmc@1", mask)
+    ranks = tables.ranks(shown, ["cmc@1"], mask)["cmc@1"]
     assert ranks == {"BCT": "1=", "Twin": "1=", "Independent": "3", "BT2": "1", "Few": "indicative"}
+
+
+# ----------------------------------------------------------------- intervals, oracles and cost, again from the raw files
+
+
+def hits(method: str, t: int, k: int) -> np.ndarray:
+    """(seeds, queries) of cmc@1, read without the suite."""
+    files = sorted((LITE / method).glob("seed*.safetensors"))
+    return np.stack([(load_file(file)[f"first/{t}/{k}"] == 1).astype(float) for file in files])
+
+
+def naive_bootstrap(values: np.ndarray, labels: np.ndarray, seed: int, resamples: int = 400) -> np.ndarray:
+    """Draw seeds, then classes, then in each class as many queries as it has; the mean of all that is drawn."""
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    means = []
+    for _ in range(resamples):
+        drawn = [members[i] for i in rng.integers(len(members), size=len(members))]
+        queries = np.concatenate([rng.choice(group, size=len(group)) for group in drawn])
+        means.append(np.mean([values[s, queries].mean() for s in rng.integers(len(values), size=len(values))]))
+    return np.array(means)
+
+
+def shown(stratum: str) -> dict[str, dict[str, str]]:
+    """method -> column -> cell of the stratum's table of cmc@1 in the committed page."""
+    section = (LITE / "README.md").read_text().partition(f"## cmc@1, queries: {stratum} (")[2].partition("\n## ")[0]
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return {line[0]: dict(zip(table[0], line)) for line in table[2:]}
+
+
+@pytest.mark.parametrize("stratum", ["all", "never-seen"])
+def test_an_interval_and_an_oracle_are_what_the_raw_files_give(stratum: str) -> None:
+    raw = load_file(LITE / "BT2" / "seed0.safetensors")
+    mask = raw[f"mask/{stratum}"].astype(bool)
+    labels = raw["labels"][mask]
+    am = np.mean([hits("BT2", t, k)[:, mask] for t in range(3) for k in range(t + 1)], 0)
+    lower, upper = np.quantile(naive_bootstrap(am, labels, seed=1), [0.025, 0.975])
+    mean, half = map(float, shown(stratum)["BT2"]["AM"].split(" ± "))
+    assert abs(mean - 100 * am.mean()) < 0.051
+    assert abs(half - 50 * (upper - lower)) < 0.15 * half  # 400 resamples
+    queries_alone = 100 * 1.96 * am.mean(0).std() / len(labels) ** 0.5
+    assert half > 1.5 * queries_alone  # seeds and classes are in it
+    for method in ("BT2", "CoReS"):
+        for t in range(3):
+            oracle = 100 * hits("Independent", t, t)[:, mask].mean()
+            assert abs(float(shown(stratum)[method][f"oracle {t + 1}/{t + 1}"]) - oracle) < 0.051
+
+
+def test_the_intervals_of_drop_and_flips_are_paired(lite: list[tables.Row]) -> None:
+    found = [row for row in lite if row.name in ("Independent", "Triplet")]
+    (line,) = (line for line in tables.lines(found, ["cmc@1"], "all")["cmc@1"] if line.row.name == "Triplet")
+    labels = load_file(LITE / "Triplet" / "seed0.safetensors")["labels"]
+    drop = np.mean([hits("Triplet", t, t) - hits("Independent", t, t) for t in (1, 2)], 0)
+    lost = np.mean([hits("Triplet", k, k) > hits("Triplet", t, k) for t, k in [(1, 0), (2, 0), (2, 1)]], 0)
+    for ours, values in ((line.drop, drop), (line.flips, lost)):
+        assert ours and abs(ours.mean - values.mean()) < 1e-6
+        naive = np.quantile(naive_bootstrap(values, labels, seed=1), [0.025, 0.975])
+        assert np.allclose([ours.lower, ours.upper], naive, atol=0.15 * (ours.upper - ours.lower))
+    own = line.cells[2, 2]
+    assert line.drop and line.drop.upper - line.drop.lower < 0.5 * (own.upper - own.lower)
+
+
+def test_in_pairwise_mode_the_old_release_is_the_independent_one(lite: list[tables.Row]) -> None:
+    by_name = {row.name: row for row in lite}
+    chain = by_name["L2"]
+    records = [
+        one.model_copy(update={"method": one.method.model_copy(update={"mode": "pairwise"})}) for one in chain.records
+    ]
+    found = [by_name["Independent"], chain, replace(chain, name="pairwise", records=records)]
+    made = {line.row.name: line for line in tables.lines(found, ["cmc@1"], "all")["cmc@1"]}
+    old = {k: hits("Independent", k, k).mean() for k in range(3)}
+    cells = {(t, k): hits("L2", t, k).mean() for t in range(3) for k in range(t)}
+    assert made["pairwise"].ac == sum(value > old[k] for (_, k), value in cells.items()) / 3 == 0
+    assert made["L2"].ac == 1 / 3  # 3→2 above its own, spoiled 2/2
+    gains = [(value - old[k]) / (old[t] - old[k]) for (t, k), value in cells.items()]
+    gain = made["pairwise"].gain
+    assert gain and abs(gain.mean - np.mean(gains)) < 1e-6 and gain.lower < gain.mean < gain.upper
+
+
+def test_the_cost_table_bills_what_the_records_say(lite: list[tables.Row]) -> None:
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in pages.cost(lite).splitlines()]
+    rows = {line[0]: dict(zip(table[0], line)) for line in table[2:]}
+    assert rows.keys() == {row.name for row in lite}
+    raw, bound = (json.loads((LITE / name / "seed0.json").read_text())["cost"] for name in ("BT2", "Independent"))
+    assert rows["BT2"]["bytes/item by release"] == "256 / 384 / 512"
+    assert rows["BT2"]["teacher forwards"] == f"{raw['teacher_forwards'] / 1e6:.2f} M"
+    extra = raw["released_parameters"][2] - bound["released_parameters"][2]
+    assert rows["BT2"]["released"] == f"{extra:+,}" and extra > 0
+    assert rows["MixBCT-tuned"]["in trials"] != "0" == rows["MixBCT"]["in trials"]
+
+
+def test_every_number_of_the_page_is_in_the_csv() -> None:
+    lines = list(csv.DictReader((LITE / "table.csv").open()))
+    at = {(x["stratum"], x["method"], x["quantity"]): x for x in lines if x["metric"] == "cmc@1"}
+    for stratum in STRATA:
+        for method, cells in shown(stratum).items():
+            for column in ("AM", "2→1", "3/3"):
+                mean, half = cells[column].removesuffix(" ✓").split(" ± ")
+                one = at[stratum, method, column]
+                assert abs(100 * float(one["value"]) - float(mean)) < 0.0511
+                assert abs(50 * (float(one["upper"]) - float(one["lower"])) - float(half)) < 0.0511
+            assert at[stratum, method, "rank"]["value"] == cells["rank"]
+
+
+# -------------------------------------------------------------------------------------------------- rows that lack something
+
+
+def lacking(row: tables.Row, t: int, k: int) -> tables.Row:
+    """The row with an undefined cell."""
+    records = []
+    for one in row.records:
+        data = one.model_dump()
+        for by_stratum in data["matrices"].values():
+            for matrix in by_stratum.values():
+                matrix[t][k] = None
+        for by_stratum in data["summary"].values():
+            for entry in by_stratum.values():
+                entry.get("flips", {}).pop(f"{t},{k}", None)
+        records.append(record.Record.model_validate(data))
+    kept = [{name: v for name, v in one.items() if not name.endswith(f"/{t}/{k}")} for one in row.outputs]
+    return replace(row, records=records, outputs=kept)
+
+
+def test_a_row_with_an_undefined_cell_is_shown_without_what_needs_it(lite: list[tables.Row]) -> None:
+    by_name = {row.name: row for row in lite}
+    found = [by_name["Independent"], replace(lacking(by_name["BCT"], 2, 0), name="Partial"), by_name["BCT"]]
+    made = {line.row.name: line for line in tables.lines(found, ["cmc@1"], "all")["cmc@1"]}
+    partial, whole = made["Partial"], made["BCT"]
+    assert (2, 0) not in partial.cells and partial.am is None and partial.gain is None and partial.rank == "–"
+    assert partial.cells == {at: one for at, one in whole.cells.items() if at != (2, 0)}
+    assert partial.ac == 0 and partial.drop == whole.drop
+    text = pages.accuracy(list(made.values()))
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_rows_of_fewer_seeds_are_paired_with_the_same_seeds_of_independent(lite: list[tables.Row]) -> None:
+    by_name = {row.name: row for row in lite}
+    few = replace(by_name["BCT"].only([3, 1]), name="Few")
+    made = {line.row.name: line for line in tables.lines([by_name["Independent"], few], ["cmc@1"], "all")["cmc@1"]}
+    oracle = hits("Independent", 2, 2)[[3, 1]].mean()
+    assert abs(made["Few"].oracle[2] - oracle) < 1e-9 and made["Few"].rank == "indicative"
+    assert made["Few"].am and made["Few"].am.seeds == 2
+    with pytest.raises(UserError, match="Independent has no seed 3"):
+        tables.lines([by_name["Independent"].only([0, 1]), few], ["cmc@1"], "all")
