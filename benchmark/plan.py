@@ -25,7 +25,7 @@ Mode = Literal["chain", "pairwise"]
 class Node:
     """One unit of work, computed at most once."""
 
-    kind: Literal["train", "frozen", "fit", "embed", "means", "score"]
+    kind: Literal["train", "frozen", "fit", "embed", "means", "score", "backfill"]
     label: str  # for people
     spec: Mapping[str, Any]  # JSON data
     inputs: Mapping[str, Node] = field(default_factory=dict)

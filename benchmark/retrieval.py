@@ -247,12 +247,7 @@ class Cell:
         buffer = torch.empty(min(size, self.nq), width, device=self.device)
 
         def work(rows: Tensor, scores: Tensor) -> T:
-            reach = torch.arange(max(1, int(self.positives[rows].max())))
-            columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=self.ng - 1)]  # (B, P)
-            columns[reach >= self.positives[rows, None]] = self.ng
-            scores[:, self.ng :] = -torch.inf
-            scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
-            return judge(rows, scores, columns.to(self.device))
+            return judge(rows, scores, self._candidates(rows, scores))
 
         # On the CPU, threads of ours share a chunk in slices too small for torch to start its own, each operation of
         # which waits a time slice (8 ms) where another process keeps a core busy.
@@ -264,6 +259,66 @@ class Cell:
                 self._score(rows, scores[:, : self.ng])
                 results += pool.map(work, rows.split(few), scores.split(few))
         return results
+
+    def _candidates(self, rows: Tensor, scores: Tensor) -> Tensor:
+        """Columns (B, P) of the positives of the queries `rows`; hides in their scores what is no candidate."""
+        reach = torch.arange(max(1, int(self.positives[rows].max())))
+        columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=self.ng - 1)]
+        columns[reach >= self.positives[rows, None]] = self.ng
+        scores[:, self.ng :] = -torch.inf
+        scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
+        return columns.to(self.device)
+
+
+def rank_mixtures(layers: Sequence[Cell], states: Tensor) -> list[Ranking]:
+    """Rank one gallery at several stages of its re-embedding, from one product per layer instead of one per stage.
+
+    layers: for each state that an item can be in (old, re-embedded, ...) a `Cell` of one block with all items in order, by
+    the vectors of that state and the query vectors that serve them; labels and ids are the same in all.
+    states: (S, Ng) integers, the layer that each item is in at each stage.
+
+    Raises ValueError if the layers are not of the same queries and items, or a state names no layer.
+    """
+    first = layers[0]
+    if any((x.nq, x.ng, x.similarity) != (first.nq, first.ng, first.similarity) or len(x.blocks) > 1 for x in layers):
+        raise ValueError("layers must hold the same queries and items, in one block each, under one similarity")
+    if states.shape[1:] != (first.ng,) or states.min() < 0 or states.max() >= len(layers):
+        raise ValueError(f"states must be (stages, {first.ng}) numbers of the {len(layers)} layers")
+    width = 16 * (first.ng // 16 + 1)
+    size = max(16, first.buffer_mb * 2**20 // (4 * width))
+    order = first.positives.argsort(stable=True)
+    shape = min(size, first.nq), width
+    buffers = [torch.empty(shape, device=first.device) for _ in layers]
+    mixed, states = torch.empty(shape, device=first.device), states.to(first.device)
+    few = max(1, 2**15 // max(1, int(first.positives.max()))) if first.device.type == "cpu" else size
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in states]
+
+    def work(rows: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        columns = first._candidates(rows, scores)
+        top = _take(scores, columns)
+        return rows, *_finish(top, _count(scores, top, first.backend))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for rows in order.split(size):
+            for layer, buffer in zip(layers, buffers):
+                layer._score(rows, buffer[: len(rows), : first.ng])
+            for stage, state in enumerate(states):
+                scores = mixed[: len(rows)]
+                scores[:, : first.ng] = buffers[0][: len(rows), : first.ng]
+                for i, buffer in enumerate(buffers[1:], 1):
+                    torch.where(
+                        state == i,
+                        buffer[: len(rows), : first.ng],
+                        scores[:, : first.ng],
+                        out=scores[:, : first.ng],
+                    )
+                found[stage] += pool.map(work, rows.split(few), scores.split(few))
+    rankings = []
+    for parts in found:
+        rows, *values = (torch.cat(x) for x in zip(*parts))
+        back = rows.argsort()
+        rankings.append(Ranking(*(x[back] for x in values)))
+    return rankings
 
 
 def _take(scores: Tensor, columns: Tensor) -> Tensor:

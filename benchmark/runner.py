@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark import catalog, training
-from benchmark.embeddings import Embeddings, Link, Stored, View, read_tensors
+from benchmark import backfilling, catalog, training
+from benchmark.embeddings import Embeddings, Stored, View, read_tensors
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from benchmark.heads import class_means
@@ -202,20 +202,8 @@ def _means(node: Node, task: Task, store: Store, report: training.Report) -> Non
     store.write_tensors(node, "means.safetensors", {"means": means, "counts": counts})
 
 
-def served(node: Node, task: Task, store: Store) -> tuple[Link, dict[str, dict[View, Tensor]]]:
-    """The link of a cell, and the views of its "query" and "gallery" items."""
-    sides: dict[str, dict[View, Tensor]] = {"query": {}, "gallery": {}}
-    for name, source in node.inputs.items():
-        if not name.startswith("link"):
-            side, release, view = name.split("/")
-            matrix = store.embeddings(source).main(source.inputs["encoder"].spec["t"])
-            sides[side][int(release), view] = matrix.to(task.device)
-    links = [source for name, source in node.inputs.items() if name.startswith("link")]
-    return training.load_link(links, task, store), sides
-
-
 def _score(node: Node, task: Task, store: Store, report: training.Report) -> None:
-    link, sides = served(node, task, store)
+    link, sides = training.served(node, task, store)
     stored = Stored(node.spec["k"], node.spec["stored"])
     with torch.inference_mode():
         queries, gallery = link.query(sides["query"], stored), link.gallery(sides["gallery"], stored)
@@ -231,4 +219,5 @@ _KINDS: dict[str, Callable[[Node, Task, Store, training.Report], float | None]] 
     "embed": _embed,
     "means": _means,
     "score": _score,
+    "backfill": backfilling.compute,
 }

@@ -18,7 +18,7 @@ from benchmark.errors import UserError
 from benchmark.heads import Head
 from benchmark.images import Batch, ImageLoader
 from benchmark.protocol import Protocol, digest
-from benchmark.retrieval import rank
+from benchmark.retrieval import Block, Cell
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Task(ABC):
     @abstractmethod
     def item_loader(self, split: str, side: str) -> Iterable[Batch]:
         """The same items in the same order, in evaluation view."""
+
+    def cell(self, queries: Tensor, gallery: Tensor, split: str) -> Cell:
+        """All queries of a split against all of its gallery, ready to be ranked, for backfill curves."""
+        raise UserError(f"task {self.name} has no backfill curves")
 
     @abstractmethod
     def class_total(self) -> int:
@@ -261,22 +265,25 @@ class ImageRetrieval(Task):
         masks["never-seen"] = labels >= last
         return {name: mask for name, mask in masks.items() if mask.any()}
 
-    def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2I") -> Scores:
+    def cell(self, queries: Tensor, gallery: Tensor, split: str) -> Cell:
+        """All queries of a split against all of its gallery, ready to be ranked."""
         (query_ids, query_labels), (gallery_ids, gallery_labels) = (
             self.items(split, "query"),
             self.items(split, "gallery"),
         )
-        ids: dict[str, Any] = (
-            {"query_ids": query_ids, "gallery_ids": gallery_ids} if self.query_gallery == "same" else {}
-        )
-        ranking = rank(
-            queries,
-            gallery,
+        same = self.query_gallery == "same"
+        return Cell(
+            [Block(torch.arange(len(gallery)), queries, gallery)],
             query_labels,
             gallery_labels,
-            similarity=self.protocol.similarity,
-            device=self.device,
-            **ids,
+            query_ids if same else None,
+            gallery_ids if same else None,
+            self.protocol.similarity,
+            self.device,
         )
+
+    def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2I") -> Scores:
+        ranking = self.cell(queries, gallery, split).rank()
+        query_labels = self.items(split, "query")[1]
         metrics = {name: dict(ranking.metrics(select=mask)) for name, mask in self.strata(query_labels).items()}
         return Scores(metrics, {"ap": ranking.ap.float(), "first": ranking.first.int()})

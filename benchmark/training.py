@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from benchmark import catalog
 from benchmark.bridge import Bridge, Side, join, multiply_adds
-from benchmark.embeddings import Link
+from benchmark.embeddings import Link, View
 from benchmark.errors import UserError
 from benchmark.heads import Head
 from benchmark.method import Context, Encoder, Method
@@ -93,6 +94,18 @@ def load_link(nodes: Sequence[Node], task: Task, store: Store) -> Link:
         link.load_state_dict(store.read_tensors(node, "link.safetensors"))
         links.append(link.to(task.device).eval().requires_grad_(False))
     return join(links)
+
+
+def served(node: Node, task: Task, store: Store) -> tuple[Link, dict[str, dict[View, Tensor]]]:
+    """The link of a cell, and the views of its "query" and "gallery" items."""
+    sides: dict[str, dict[View, Tensor]] = {"query": {}, "gallery": {}}
+    for name, source in node.inputs.items():
+        if not name.startswith("link"):
+            side, release, view = name.split("/")
+            matrix = store.embeddings(source).main(source.inputs["encoder"].spec["t"])
+            sides[side][int(release), view] = matrix.to(task.device)
+    links = [source for name, source in node.inputs.items() if name.startswith("link")]
+    return load_link(links, task, store), sides
 
 
 def fit(node: Node, task: Task, store: Store, report: Report) -> None:
