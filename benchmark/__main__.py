@@ -17,7 +17,7 @@ from benchmark import protocol as protocols
 from benchmark.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from benchmark.plan import Plan
+    from benchmark.plan import Node, Plan
     from benchmark.record import Record
 
 DEMO = ("Independent", "BCT", "BT2", "OCA")
@@ -100,6 +100,25 @@ def make_parser() -> ArgumentParser:
     )
     run.add_argument("--publish", action="store_true", help="also write the records into the protocol's leaderboard")
     run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, compute nothing")
+
+    backfill = command(
+        "backfill",
+        "Accuracy while the gallery is being re-embedded: curves of methods, or a plan's forecast (--plan).",
+        "compatbench backfill cifar100-lite@1 --method FastFill RQT --data DIR",
+    )
+    backfill.add_argument("protocol", nargs="?", help="leaderboard name, its folder, or a YAML file")
+    backfill.add_argument("--method", nargs="+", default=[], help="names of methods")
+    backfill.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
+    backfill.add_argument("--data", type=Path, help="folder with the data")
+    backfill.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go")
+    backfill.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
+    backfill.add_argument("--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol")
+    backfill.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
+    backfill.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
+    backfill.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    backfill.add_argument("--publish", action="store_true", help="also write the records into the leaderboard")
+    backfill.add_argument("--plan", type=Path, help="a YAML file: forecast of one backfill in hours; needs no data")
+    backfill.add_argument("--png", type=Path, help="the chart (default: backfill.png beside the records)")
 
     tune = command(
         "tune",
@@ -252,6 +271,49 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
         values[key] = yaml.safe_load(value)
     return values
+
+
+def command_backfill(args: Namespace) -> None:
+    from rich import get_console
+
+    console = get_console()
+    if args.plan:
+        from benchmark import simulator
+
+        forecast = simulator.forecast(simulator.load(args.plan))
+        console.print(*simulator.report(forecast), sep="\n")
+        if args.png:
+            simulator.chart(forecast, args.png)
+        return
+    if not args.protocol or not args.method:
+        raise UserError("backfill needs a protocol and --method, or --plan FILE")
+    protocol, given = protocols.load(args.protocol, args.override), settings(args.set)
+    names = [name for item in args.method for name in item.split(",")]
+    with console.status("loading torch and lightning"):
+        from benchmark import backfilling, plots, results
+        from benchmark import console as progress
+        from benchmark.plan import MethodRun, build
+        from benchmark.runner import default_device, execute, open_task
+        from benchmark.store import Store
+    methods, store = [MethodRun.of(name, given) for name in names], Store(args.runs)
+    with console.status(f"reading the data of {protocol.task}"):
+        task = open_task(protocol, args.data, args.device or default_device())
+    plans = [build(protocol, m, seed, task.fingerprint) for seed in chosen_seeds(protocol, args.seed) for m in methods]
+    wanted: list[Plan | Node] = [*plans, *(node for plan in plans for node in backfilling.nodes(plan))]
+    with progress.Bars(console) as bars:
+        bars.expect(wanted, store)
+        execute(wanted, task, store, jobs=args.jobs, threads=args.threads, progress=bars)
+    records = []
+    for plan in plans:
+        record = backfilling.record(plan, task, store, args.override)
+        path = record.save(record_folder(args, plan) / f"backfill-seed{plan.seed}.json")
+        if args.publish:
+            results.publish_backfill(record, path)
+        records.append(record)
+    console.print(plots.backfill_table(records, protocol.primary_metric))
+    chart = args.png or args.runs / protocol.id / "backfill.png"
+    plots.save(plots.backfill_figure(records, protocol.primary_metric), chart)
+    console.print(f"records: {args.runs / protocol.id}; chart: {chart}", soft_wrap=True)
 
 
 def command_tune(args: Namespace) -> None:
@@ -413,6 +475,7 @@ def command_demo(args: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "run": command_run,
+    "backfill": command_backfill,
     "tune": command_tune,
     "list": command_list,
     "doctor": command_doctor,

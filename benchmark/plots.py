@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark import compatibility
+from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 from benchmark.protocol import digest
@@ -257,3 +258,61 @@ def png(figure: Any) -> bytes:
         buffer, format="png", dpi=160, bbox_inches="tight", metadata={"Software": None}
     )  # no version, no date
     return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------ backfilling
+
+
+def backfill_table(records: Sequence[BackfillRecord], metric: str) -> Table:
+    """Area under each curve in points, mean over seeds, one line for each method and order."""
+    table = Table(title=f"{records[0].protocol.id}: mean {metric} in % over the backfill", box=box.SIMPLE_HEAD)
+    galleries = [(b.release, tuple(b.stored)) for b in records[0].backfills]
+    table.add_column("method, order", overflow="fold")
+    for t, stored in galleries:
+        table.add_column(f"{','.join(str(k + 1) for k in stored)}→{t + 1}", justify="right")
+    for name, what in (("old/old", "old_old"), ("new/new", "new_new")):
+        cells = [np.mean([getattr(r.find(t, list(s)), what)[metric] for r in records]) for t, s in galleries]
+        table.add_row(f"[dim]{name} of these methods[/]", *(f"{100 * value:.1f}" for value in cells))
+    for (name, order), areas in backfill_areas(records, metric).items():
+        table.add_row(f"{name}, {order}", *(f"{100 * np.mean(a):.1f}" if a else "–" for a in areas.values()))
+    return table
+
+
+def backfill_areas(records: Sequence[BackfillRecord], metric: str) -> dict[tuple[str, str], dict[Any, list[float]]]:
+    """(method, order) -> gallery -> area of each seed."""
+    areas: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    for record in records:
+        for backfill in record.backfills:
+            for curve in backfill.curves:
+                row = areas.setdefault(
+                    (record.method.name, curve.order), {(b.release, tuple(b.stored)): [] for b in record.backfills}
+                )
+                row[backfill.release, tuple(backfill.stored)].append(curve.area[metric]["all"])
+    return areas
+
+
+def backfill_figure(records: Sequence[BackfillRecord], metric: str) -> Figure:
+    """One panel a gallery: each method's curve by its best usable order (its own if it has one, else random), mean over seeds."""
+    from matplotlib.figure import Figure
+
+    galleries = [(b.release, tuple(b.stored)) for b in records[0].backfills]
+    names = list(dict.fromkeys(r.method.name for r in records))
+    figure = Figure(figsize=(4.2 * len(galleries), 4.0 + 0.16 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(galleries), sharey=True, squeeze=False)[0]
+    lines = {}
+    for axis, (t, stored) in zip(axes, galleries):
+        for i, name in enumerate(names):
+            found = [r.find(t, list(stored)) for r in records if r.method.name == name]
+            orders = [c.order for c in found[0].curves]
+            order = "own" if "own" in orders else "random"
+            y = 100 * np.mean([next(c for c in b.curves if c.order == order).metrics[metric] for b in found], axis=0)
+            x = 100 * np.array(found[0].shares)
+            (lines[f"{name} ({order})"],) = axis.plot(
+                x, y, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4], lw=1.6
+            )
+        axis.set_title(f"gallery of {' and '.join(str(k + 1) for k in stored)}, queries of {t + 1}", fontsize=10)
+        axis.set_xlabel("re-embedded items, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"{metric}, %")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure

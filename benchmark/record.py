@@ -88,7 +88,9 @@ class Cost(Strict):
     items_reembedded: int
     vectors_rewritten: int
     tuning_images: int = 0  # seen in the trials that chose the settings
-    gallery_multiply_adds: list[int] = []  # by release: per stored item that its update moves, at most
+    gallery_multiply_adds: list[int] = Field(
+        default_factory=list
+    )  # by release: per stored item that its update moves, at most
 
 
 class Timing(Strict):
@@ -120,7 +122,7 @@ class Record(Strict):
     environment: dict[str, str]
     outputs: dict[str, str]  # file beside the record -> sha256
     timing: Timing
-    links: list[LinkInfo] = []
+    links: list[LinkInfo] = Field(default_factory=list)
 
     def save(self, path: Path) -> Path:
         write_json(path, self.model_dump(mode="json"))

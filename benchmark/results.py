@@ -16,6 +16,7 @@ import torch
 
 from benchmark import __version__, catalog, compatibility, outputs, training
 from benchmark.bridge import Side
+from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import sha256_file, write_bytes
 from benchmark.plan import Node, Plan
@@ -116,6 +117,29 @@ def publish(record: Record, path: Path) -> Path:
     Raises:
         UserError: the record is off-protocol, not on the test split, or of changed settings: it can be no row.
     """
+    refuse(record, path)
+    folder = entry(record)
+    for file in (path, *(path.parent / output for output in record.outputs)):
+        write_bytes(folder / file.name, file.read_bytes())
+    return folder / path.name
+
+
+def publish_backfill(record: BackfillRecord, path: Path) -> Path:
+    """Copy a backfill record into its leaderboard; errors as for `publish`."""
+    refuse(record, path)
+    target = entry(record) / path.name
+    write_bytes(target, path.read_bytes())
+    return target
+
+
+def entry(record: Record | BackfillRecord) -> Path:
+    """The folder of a row."""
+    name = record.method.name + ("" if record.method.mode == "chain" else f"-{record.method.mode}")
+    return LEADERBOARDS / record.protocol.id / name
+
+
+def refuse(record: Record | BackfillRecord, path: Path) -> None:
+    """Raise a `UserError` if the record can be no row."""
     reasons = {
         "the protocol was overridden": bool(record.protocol.overrides),
         f"it is on the {record.protocol.split} split": record.protocol.split != "test",
@@ -125,11 +149,6 @@ def publish(record: Record, path: Path) -> Path:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"{path} cannot be published: {reason}")
-    name = record.method.name + ("" if record.method.mode == "chain" else f"-{record.method.mode}")
-    folder = LEADERBOARDS / record.protocol.id / name
-    for file in (path, *(path.parent / output for output in record.outputs)):
-        write_bytes(folder / file.name, file.read_bytes())
-    return folder / path.name
 
 
 def summarise(plan: Plan, own: outputs.Outputs, bound: outputs.Outputs, matrices: Any, bounds: Any) -> dict[str, Any]:

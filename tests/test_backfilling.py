@@ -1,0 +1,224 @@
+"""Backfill curves against naive recomputation at each point, orders, areas, the record, the chart, the simulator."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark import __main__ as cli
+from benchmark import backfilling, curves, plan, plots, protocol, runner, simulator
+from benchmark.errors import UserError
+from benchmark.retrieval import Block, Cell, rank_mixtures
+from benchmark.store import Store
+
+QUICK = [f"releases.{t}.recipe.epochs=1" for t in range(3)]
+
+
+def layers(
+    similarity: str, count: int = 3, seed: int = 0, ids: bool = False
+) -> tuple[list[Cell], list[Any], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels, wanted = torch.randint(0, 7, (2, 60), generator=generator)
+    parts = [
+        (torch.randn(60, 4 + i, generator=generator), torch.randn(60, 4 + i, generator=generator)) for i in range(count)
+    ]
+    own = (torch.arange(60), torch.arange(60)) if ids else (None, None)
+    cells = [Cell([Block(torch.arange(60), q, g)], wanted, labels, *own, similarity) for q, g in parts]
+    return cells, parts, wanted, labels
+
+
+def naive(
+    parts: Any, wanted: Tensor, labels: Tensor, state: Tensor, similarity: str, ids: bool
+) -> tuple[list[int], list[float]]:
+    """First rank and AP of each query by a plain sort of one mixed list."""
+    first, aps = [], []
+    for q in range(len(wanted)):
+        scored = []
+        for g in range(len(labels)):
+            if ids and g == q:
+                continue
+            a, b = parts[state[g]][0][q].double().numpy(), parts[state[g]][1][g].double().numpy()
+            s = a @ b / np.linalg.norm(a) / np.linalg.norm(b) if similarity == "cosine" else -np.linalg.norm(a - b)
+            scored.append((s, bool(labels[g] == wanted[q])))
+        hits = [hit for _, hit in sorted(scored, key=lambda pair: -pair[0])]
+        ranks = [i + 1 for i, hit in enumerate(hits) if hit]
+        first.append(ranks[0] if ranks else 0)
+        aps.append(float(np.mean([(n + 1) / r for n, r in enumerate(ranks)])) if ranks else float("nan"))
+    return first, aps
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_every_point_equals_a_naive_recomputation(similarity: str, ids: bool) -> None:
+    cells, parts, wanted, labels = layers(similarity, ids=ids)
+    states = torch.stack(
+        [torch.zeros(60).long(), torch.randint(0, 3, (60,)), torch.arange(60) % 2, torch.full((60,), 2)]
+    )
+    for state, ranking in zip(states, rank_mixtures(cells, states)):
+        first, aps = naive(parts, wanted, labels, state, similarity, ids)
+        assert ranking.first.tolist() == first
+        np.testing.assert_allclose(ranking.ap.numpy(), aps, rtol=1e-6)
+
+
+def test_layers_that_do_not_fit_together_are_refused() -> None:
+    cells, *_ = layers("cosine")
+    with pytest.raises(ValueError, match="layers"):
+        rank_mixtures(cells, torch.full((1, 60), 3))
+    with pytest.raises(ValueError, match="same queries"):
+        rank_mixtures([cells[0], layers("l2")[0][0]], torch.zeros(1, 60).long())
+
+
+def test_the_grid_holds_both_definitions_of_the_area() -> None:
+    shares = curves.grid()
+    assert len(shares) == 41  # 21 and 22 points, the two ends in common
+    assert np.isin(np.arange(21) / 20, shares).all() and np.isin(np.arange(22) / 21, shares).all()
+    values = {"cmc@1": {"all": np.stack([shares**2, shares])}}
+    ends = {"old_old": {"cmc@1": 0.1}, "new_new": {"cmc@1": 0.9}}
+    found = curves.summarise("random", "cmc@1", values, np.zeros((2, 41)), ends)
+    middle = [(x * x + x) / 2 for x in np.arange(21) / 20]
+    area = sum((a + b) / 2 / 20 for a, b in itertools.pairwise(middle))
+    assert found.area["cmc@1"]["all"] == pytest.approx(area)
+    assert found.fastfill_mean["cmc@1"] == pytest.approx(np.mean([((i / 21) ** 2 + i / 21) / 2 for i in range(22)]))
+    assert found.relative_gain["cmc@1"] == pytest.approx((area - 0.1) / 0.8)
+    assert found.monotone
+
+
+def test_states_follow_the_order_and_the_cutoffs() -> None:
+    permutation, start = torch.tensor([3, 1, 0, 2]), torch.tensor([0, 1, 0, 1])
+    states = backfilling._states(permutation, start, np.array([0, 0.25, 0.6, 1]), 2)
+    assert states.tolist() == [[0, 1, 0, 1], [0, 1, 0, 2], [0, 2, 0, 2], [2, 2, 2, 2]]
+
+
+def test_class_mean_order_against_a_loop() -> None:
+    torch.manual_seed(1)
+    z, labels = torch.randn(20, 3), torch.arange(20) % 4
+    expected = [float((z[i] - z[labels == labels[i]].mean(0)).norm()) for i in range(20)]
+    np.testing.assert_allclose(backfilling._to_class_mean(z, labels).numpy(), expected, rtol=1e-5)
+    first = backfilling._descending(
+        [torch.tensor([1.0, 5.0, 2.0]), torch.tensor([9.0, 0.0, 3.0])], torch.tensor([0, 0, 1])
+    )
+    assert first.tolist() == [1, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    definition = protocol.load("digits@1", QUICK)
+    task, store = runner.open_task(definition, None, "cpu"), Store(tmp_path_factory.mktemp("runs"))
+    records: dict[str, Any] = {}
+    for name, given in (("FastFill", {"hidden": 16}), ("Merge", {}), ("Ridge", {}), ("BCT", {})):
+        built = plan.build(definition, plan.MethodRun.of(name, given), 0, task.fingerprint)
+        runner.execute([built, *backfilling.nodes(built)], task, store, threads=1)
+        records[name] = backfilling.record(built, task, store)
+        cells = {at: store.read_json(node, "scores.json")["all"]["cmc@1"] for at, node in built.cells.items() if node}
+        records[name + "/matrix"] = [[cells[t, k] for k in range(t + 1)] for t in range(3)]
+    return records
+
+
+def test_ends_are_the_cells_of_the_matrix(made: Any) -> None:
+    for name in ("FastFill", "Merge", "Ridge", "BCT"):
+        matrix = made[name + "/matrix"]
+        for t, k in ((1, 0), (2, 0), (2, 1)):
+            backfill = made[name].find(t, [k])
+            assert backfill.old_old["cmc@1"] == matrix[k][k] and backfill.new_new["cmc@1"] == matrix[t][t]
+            for curve in backfill.curves:
+                assert curve.metrics["cmc@1"][0] == pytest.approx(matrix[t][k], abs=1e-6)
+                assert curve.metrics["cmc@1"][-1] == pytest.approx(matrix[t][t], abs=1e-6)
+
+
+def test_orders_depend_on_what_the_method_offers(made: Any) -> None:
+    orders = {name: [c.order for c in made[name].find(2, [1]).curves] for name in ("FastFill", "Merge", "Ridge", "BCT")}
+    assert orders["FastFill"] == ["random", "own", "oracle distance", "class means"]
+    assert orders["Merge"] == orders["Ridge"] == orders["BCT"] == ["random"]
+    assert made["Merge"].find(2, [1]).query_encoders == 2 and made["Ridge"].find(2, [1]).query_encoders == 1
+
+
+def test_a_gallery_of_three_releases_at_once(made: Any) -> None:
+    mixed = made["FastFill"].find(2, [0, 1])
+    assert sum(mixed.start) == pytest.approx(1) and min(mixed.start) > 0.49
+    assert mixed.curves[0].metrics["cmc@1"][-1] == pytest.approx(mixed.new_new["cmc@1"], abs=1e-6)
+
+
+def test_the_record_comes_back_and_a_strangers_is_checked(made: Any, tmp_path: Path) -> None:
+    path = made["Ridge"].save(tmp_path / "backfill-seed0.json")
+    assert curves.load(path) == made["Ridge"]
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "extra": 1}))
+    with pytest.raises(UserError, match="extra"):
+        curves.load(path)
+    path.write_text(json.dumps({**data, "schema_version": 99}))
+    with pytest.raises(UserError, match="99"):
+        curves.load(path)
+
+
+def test_table_and_chart_show_every_method(made: Any, tmp_path: Path) -> None:
+    records = [made[name] for name in ("FastFill", "Merge", "Ridge")]
+    areas = plots.backfill_areas(records, "cmc@1")
+    assert ("FastFill", "own") in areas and len(areas["Merge", "random"]) == 4
+    figure = plots.backfill_figure(records, "cmc@1")
+    assert len(figure.axes) == 4 and len(figure.axes[0].lines) == 3
+    plots.save(figure, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_the_command_writes_records_and_the_chart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["backfill", "digits@1", "--method", "Procrustes", "--runs", str(tmp_path), "--threads", "1"]
+    arguments += [word for item in QUICK for word in ("--override", item)]
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "digits@1" / "Procrustes-off-protocol" / "backfill-seed0.json").is_file()
+    assert (tmp_path / "digits@1" / "backfill.png").is_file()
+    assert "Procrustes, random" in capsys.readouterr().out
+    assert cli.main(["backfill", "digits@1"]) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- simulator
+
+
+def planned(made: Any, tmp_path: Path, **changes: Any) -> simulator.BackfillPlan:
+    made["Merge"].save(tmp_path / "record.json")
+    given = {"record": "record.json", "items": 36000, "images_per_second": 10, "release": 1, **changes}
+    (tmp_path / "plan.yaml").write_text(json.dumps(given))
+    return simulator.load(tmp_path / "plan.yaml")
+
+
+def test_hours_follow_from_capacity_and_arrivals(made: Any, tmp_path: Path) -> None:
+    assert simulator.forecast(planned(made, tmp_path)).hours[-1] == pytest.approx(1.0)
+    busy = simulator.forecast(planned(made, tmp_path, arrivals_per_hour=18000))
+    assert busy.hours[-1] == pytest.approx(2.0)  # half of the capacity goes to new items
+    at = len(busy.hours) // 2  # after an hour: 18,000 re-embedded and 18,000 new of 54,000
+    assert busy.share[at] == pytest.approx(36000 / 54000)
+    with pytest.raises(UserError, match="never end"):
+        simulator.forecast(planned(made, tmp_path, arrivals_per_hour=36000))
+
+
+def test_cutover_is_the_hour_from_which_it_stays_better(made: Any, tmp_path: Path) -> None:
+    found = simulator.forecast(planned(made, tmp_path, margin=0.0))
+    if found.cutover is not None:
+        after = found.hours >= found.cutover
+        assert (found.accuracy[after] >= found.old).all()
+        assert found.cutover == 0 or (found.accuracy[~after] < found.old).any()
+    never = simulator.forecast(planned(made, tmp_path, margin=0.99))
+    assert never.cutover is None and "Do not begin" in " ".join(simulator.advice(never))
+    text = " ".join(simulator.advice(simulator.forecast(planned(made, tmp_path, max_negative_flips=0.0))))
+    assert "Roll back" in text
+
+
+def test_forecast_on_the_command_line_and_its_mistakes(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    planned(made, tmp_path)
+    assert cli.main(["backfill", "--plan", str(tmp_path / "plan.yaml"), "--png", str(tmp_path / "f.png")]) == 0
+    assert "36,000 items take 1.0 hours" in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "f.png").is_file()
+    with pytest.raises(UserError, match="images_per_second"):
+        planned(made, tmp_path, images_per_second=0)
+    with pytest.raises(UserError, match="holds"):
+        simulator.forecast(planned(made, tmp_path, order="own"))
+    with pytest.raises(UserError, match="cannot be read"):
+        simulator.load(tmp_path / "absent.yaml")
