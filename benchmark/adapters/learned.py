@@ -31,7 +31,7 @@ class LambdaOrthogonal(Affine):
     W^T W, W W^T. Its alpha was not available to us; 10 is ours.
 
     Args:
-        threshold: lambda >= 0. Paper: 12.
+        threshold: lambda >= 0. Paper: 12. Mind the dims: a map that halves all lengths has n = 0.75 sqrt(d).
         weight: of the regulariser, > 0. Paper: 1.
         alpha: steepness of its onset, > 0.
     """
@@ -62,7 +62,7 @@ class LambdaOrthogonal(Affine):
 def regulariser(matrix: Tensor, threshold: float, weight: float, alpha: float, rounding: float = 1e-4) -> Tensor:
     """weight * sigmoid(alpha (n - threshold)) n; `rounding` takes the kink off n at 0, where descent would stall."""
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt() - rounding
+    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt()
     return weight * torch.sigmoid(alpha * (n - threshold)) * n
 
 
