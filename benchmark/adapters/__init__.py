@@ -29,8 +29,10 @@ from benchmark.adapters.maps import RHOS, ConstantShift, Diagonal, Identity, Low
 from benchmark.adapters.pairs import Moments, Screen, check_pairs
 from benchmark.errors import UserError, unknown
 from benchmark.files import write_bytes
+from benchmark.fusion import ALPHAS, B0, FUSIONS, GRIDS, S0, adaptive, fuse, nlerp, slerp
 
 __all__ = ["KINDS", "RHOS", "Adapter", "Moments", "Screen", "check_pairs", "fit", "load", "rebuild", "save"]
+__all__ += ["ALPHAS", "B0", "FUSIONS", "GRIDS", "S0", "adaptive", "fuse", "nlerp", "slerp"]
 
 KINDS: dict[str, type[Adapter]] = {
     cls.__name__: cls
@@ -67,9 +69,13 @@ def rebuild(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Adap
     try:
         with torch.device("meta"):  # dims are a file's word: nothing is allocated for them before they are checked
             adapter = KINDS[kind].build(**fields)
-        adapter.load_state_dict({name: value.clone() for name, value in state_dict.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{kind}: numbers and config {fields} do not fit ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{kind}: its config {fields} is not understood ({str(error).splitlines()[0]})") from None
+    expected = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state_dict.items()}
+    if given != expected:
+        raise UserError(f"{kind}: its config asks for numbers of shapes {expected}, got {given}")
+    adapter.load_state_dict({name: value.clone() for name, value in state_dict.items()}, assign=True)
     return adapter.eval().requires_grad_(False)
 
 

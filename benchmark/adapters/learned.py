@@ -31,7 +31,7 @@ class LambdaOrthogonal(Affine):
     W^T W, W W^T. Its alpha was not available to us; 10 is ours.
 
     Args:
-        threshold: lambda >= 0. Paper: 12.
+        threshold: lambda >= 0. Paper: 12. Mind the dims: a map that halves all lengths has n = 0.75 sqrt(d).
         weight: of the regulariser, > 0. Paper: 1.
         alpha: steepness of its onset, > 0.
     """
@@ -62,7 +62,7 @@ class LambdaOrthogonal(Affine):
 def regulariser(matrix: Tensor, threshold: float, weight: float, alpha: float, rounding: float = 1e-4) -> Tensor:
     """weight * sigmoid(alpha (n - threshold)) n; `rounding` takes the kink off n at 0, where descent would stall."""
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt() - rounding
+    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt()
     return weight * torch.sigmoid(alpha * (n - threshold)) * n
 
 
@@ -93,7 +93,8 @@ class ResidualMLP(Adapter):
     """y = x A + b + GELU(LN(x) W1 + b1) W2, trained from A = Procrustes, b = 0, W2 = 0, so that it starts as that map.
 
     AdamW on 90 % of the pairs; of all epochs and the start, the one with the best mean cosine on the other 10 % is kept,
-    and training stops after `PATIENCE` epochs without a better one.
+    and training stops after `PATIENCE` epochs without a better one. The family is Drift-Adapter's (arXiv 2509.23471), whose
+    width and rate were not available to us.
 
     Args:
         hidden: width; None = 4 d_t.
