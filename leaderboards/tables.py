@@ -40,6 +40,19 @@ class Row:
         return self.records[0].cost.bytes_per_item[-1]
 
     @property
+    def moved(self) -> bool:
+        """Whether stored items are moved to the new space before it can answer (the forward track)."""
+        return self.records[0].cost.vectors_rewritten > 0
+
+    @property
+    def kind(self) -> str:
+        """Under which heading the row stands."""
+        if self.moved:
+            return "Stored items are moved to the new space"
+        mapped = "Independent releases, queries mapped to the old space; gallery untouched"
+        return mapped if self.records[0].links else "The new release is trained to be compatible; gallery untouched"
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(one.seed for one in self.records)
 
@@ -74,7 +87,7 @@ class Row:
 
 
 def rows(folder: Path) -> list[Row]:
-    """The leaderboard's rows, records checked, fewest bytes first, then best first by AM of the primary metric."""
+    """The leaderboard's rows, records checked, kind by kind, fewest bytes first, then best first by AM."""
     found = []
     for entry in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "old"):
         files = sorted(entry.glob("seed*.json"))
@@ -87,11 +100,11 @@ def rows(folder: Path) -> list[Row]:
 
 
 def in_order(found: Sequence[Row], metric: str, stratum: str) -> list[Row]:
-    """Fewest bytes first, then best first by AM."""
+    """Kind by kind, fewest bytes first, then best first by AM."""
 
-    def key(row: Row) -> tuple[int, float]:
+    def key(row: Row) -> tuple[bool, bool, int, float]:
         accuracy = compatibility.average_multimodel_accuracy(row.mean(metric, stratum))
-        return row.bytes, -(accuracy if accuracy is not None else -1.0)
+        return row.moved, bool(row.records[0].links), row.bytes, -(accuracy if accuracy is not None else -1.0)
 
     return sorted(found, key=key)
 
@@ -167,7 +180,8 @@ def lines(found: Sequence[Row], metrics: Sequence[str], stratum: str) -> dict[st
 
 
 def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[str, dict[str, str]]:
-    """By metric the rank of each row among those that store the same bytes: by AM, one rank for rows that cannot be told apart.
+    """By metric the rank of each row among those that store the same bytes and treat the gallery alike (untouched, or moved): by
+    AM, one rank for rows that cannot be told apart.
 
     The per-query value behind AM is the mean over the cells of the lower triangle. Ranked are rows of at least six seeds,
     the same as Independent's; others are "indicative". A row with an undefined cell has no AM and no rank.
@@ -186,8 +200,8 @@ def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[s
     drawn = statistics.bootstrap_means(values, labels, seed=0, resamples=RANK_RESAMPLES)
     for i, metric in enumerate(metrics):
         column = {row.name: i * len(full) + j for j, row in enumerate(full)}
-        for size in {row.bytes for row in full}:
-            group = [row.name for row in full if row.bytes == size]
+        for alike in {(row.moved, row.bytes) for row in full}:
+            group = [row.name for row in full if (row.moved, row.bytes) == alike]
             rank, means = 1, {name: float(np.nanmean(values[column[name]])) for name in group}
             for tied in statistics.ties_of_resamples(means, {name: drawn[:, column[name]] for name in group}):
                 said[metric] |= {name: f"{rank}=" if len(tied) > 1 else str(rank) for name in tied}
