@@ -15,16 +15,16 @@ from leaderboards import tables
 from leaderboards.tables import Line, Row
 
 LEGEND = """\
-Cells are {metric} in percent, mean of n seeds: `2→1` = queries of release 2 against the gallery of release 1, `2/2` = both
-by release 2. Oracle: both by the independent release, what a full backfill would give{oracle}. ± is half the width of the 95 %
+Cells are {metric} in percent, mean of n seeds: `2→1` = queries of release 2 against the gallery of release 1, `2/2` = both by
+release 2. Oracle: both by the independent release, what a full backfill would give{oracle}. ± is half the width of the 95 %
 interval over seeds, classes and queries; a class that is hard is hard for all rows, so rows whose intervals overlap may well
 differ: ranks compare them query by query. ✓ = better than the old system (the method's own release and the independent one) by
-the lower ends of paired 95 % intervals. AC: share of cross cells above their own old/old, of the mean matrix; AC95: share with ✓;
-AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes and leave the gallery untouched, or move it
+the lower ends of paired 95 % intervals. AC: share of cross cells above their own old/old, of the mean matrix; AC95: share with
+✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes and leave the gallery untouched, or move it
 alike; `2=` is shared by rows that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %).
-Update gain: 100 % = as good as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the oracle, mean of the new releases. Negative flips:
-queries right before the update and wrong after it, mean of the cross cells. Rows of unequal bytes are not to be compared without
-their control (BCT-extra for BT2 and OCA). {more}"""
+Update gain: 100 % = as good as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the
+oracle, mean of the new releases. Negative flips: queries right before the update and wrong after it, mean of the cross cells.
+Rows of unequal bytes are not to be compared without their control (BCT-extra for BT2 and OCA). {more}"""
 BILLED = "Images trained: all trainings that the row needs if it is run alone, and the trials of tuned rows."
 ENDS = "What a row costs stands in the last table, both ends of every interval in [table.csv](table.csv)."
 COST = """\
