@@ -30,6 +30,7 @@ class ImageLoader:
         images: (N, C, H, W) uint8, on the device of the run.
         labels: (N,) int64.
         mean, std: per channel, on the 0..255 scale.
+        size: side to which each batch is resized, bilinearly, after augmentation; None = as stored.
         augment: names from `Recipe.augment`; empty = evaluation view.
         views: how many independent augmentations of each image ("image", "image2", ...).
         seed: of this loader; the epoch is mixed in.
@@ -43,13 +44,14 @@ class ImageLoader:
         std: tuple[float, ...],
         *,
         batch_size: int,
+        size: int | None = None,
         shuffle: bool = False,
         augment: tuple[str, ...] = (),
         views: int = 1,
         seed: int = 0,
     ):
         self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
-        self.augment, self.views, self.seed, self.epoch = augment, views, seed, 0
+        self.augment, self.views, self.seed, self.size, self.epoch = augment, views, seed, size, 0
         self.mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
         for name in augment:
@@ -77,7 +79,9 @@ class ImageLoader:
             index = order[i * self.batch_size : (i + 1) * self.batch_size].to(self.images.device)
             image = (self.images[index].float() - self.mean) / self.std
             names = ["image", *(f"image{v}" for v in range(2, self.views + 1))]
-            yield Batch(index, {name: self._augmented(image, generator) for name in names}, self.labels[index])
+            yield Batch(
+                index, {name: self._resized(self._augmented(image, generator)) for name in names}, self.labels[index]
+            )
 
     def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Random shift by up to p px after zero padding, then a random flip, for the whole batch in one gather."""
@@ -96,6 +100,11 @@ class ImageLoader:
         item = torch.arange(batch, device=x.device)[:, None, None]
         x = x[item, :, rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
         return x.permute(0, 3, 1, 2)  # NCHW view of channels-last memory
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.size is None:
+            return x
+        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)  # (B, C, size, size)
 
 
 def check_images(images: Tensor, labels: Tensor, name: str) -> None:

@@ -187,9 +187,9 @@ class Method(lightning.LightningModule):
         rates = [recipe.lr * group.pop("lr_scale", 1.0) for group in groups]
         groups = [group | {"lr": rate} for group, rate in zip(groups, rates)]
         options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "sgd":
-            options |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
-        kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        if recipe.optimizer in ("sgd", "heavyball"):
+            options |= {"momentum": recipe.momentum, "nesterov": recipe.optimizer == "sgd" and recipe.momentum > 0}
+        kinds = {"sgd": torch.optim.SGD, "heavyball": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = kinds[recipe.optimizer](groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(recipe, step, steps))
