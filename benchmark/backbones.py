@@ -120,7 +120,11 @@ class LastBlock(nn.Module):
         shapes = [(width, 512, 1), (512, 512, 3), (512, dim, 1)] if bottleneck else [(width, dim, 3), (dim, dim, 3)]
         layers: list[nn.Module] = []
         for c_in, c_out, size in shapes:
-            layers += [nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(inplace=True),
+            ]
         self.path = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential(nn.Conv2d(width, dim, 1, bias=False), nn.BatchNorm2d(dim))
         self.last = nn.ReLU() if relu else nn.Identity()

@@ -189,8 +189,8 @@ class Method(lightning.LightningModule):
         options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer in ("sgd", "heavyball"):
             options |= {"momentum": recipe.momentum, "nesterov": recipe.optimizer == "sgd" and recipe.momentum > 0}
-        kinds = {"sgd": torch.optim.SGD, "heavyball": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        optimizer = kinds[recipe.optimizer](groups, **options)
+        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        optimizer = kinds.get(recipe.optimizer, torch.optim.SGD)(groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(recipe, step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -31,10 +31,10 @@ class Recipe:
 
     epochs: int = 10
     batch_size: int = 128
-    optimizer: Literal["adamw", "adam", "sgd", "heavyball"] = "adamw"  # sgd has Nesterov's momentum, heavyball the plain one
+    optimizer: Literal["adamw", "adam", "sgd", "heavyball"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.01
-    momentum: float = 0.9  # sgd, heavyball only
+    momentum: float = 0.9  # sgd: Nesterov's; heavyball: without look-ahead
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     warmup: float = 0.25  # share of all steps
     label_smoothing: float = 0.0

@@ -26,7 +26,8 @@ class Cifar100(ImageRetrieval):
     """
 
     name = "cifar100"
-    mean, std = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
+    mean: tuple[float, ...] = (129.3, 124.1, 112.4)
+    std: tuple[float, ...] = (68.2, 65.4, 70.4)
 
     def read(
         self, pixels: int = 32, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
