@@ -76,15 +76,18 @@ class ConvViT(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet with a linear map to `dim` in place of its classifier.
+    """torchvision's ResNet, brought to `dim` by a linear map or by its last block.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         stem: "small" = one 3x3 convolution of stride 1 and no pooling, the usual form for 32 px; "imagenet" = 7x7 of stride 2
             and max pooling.
+        end: "linear" = a linear map in place of the classifier; "block" = the last block itself has `dim` channels and nothing
+            follows the pooling (FCT, BT2, OCA: their released code), all layers with PyTorch's start weights, as there.
+        last_relu: with "block", whether ReLU comes before the pooling, so that no embedding is negative (FCT, BT2: yes; OCA: no).
     """
 
-    def __init__(self, dim: int, depth: int = 18, stem: str = "small"):
+    def __init__(self, dim: int, depth: int = 18, stem: str = "small", end: str = "linear", last_relu: bool = True):
         super().__init__()
         from torchvision.models import resnet
 
@@ -92,13 +95,42 @@ class ResNet(nn.Module):
             raise UserError(
                 f"backbone resnet: depth is 18, 34, 50, 101 or 152 and stem small or imagenet, not {depth}, {stem}"
             )
+        if end not in ("linear", "block"):
+            raise UserError(f"backbone resnet: end is linear or block, not {end}")
         self.network = getattr(resnet, f"resnet{depth}")(num_classes=dim)
         if stem == "small":
             self.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             self.network.maxpool = nn.Identity()
+        if end == "block":
+            self.network.layer4[-1] = LastBlock(self.network.fc.in_features, dim, depth >= 50, last_relu)
+            self.network.fc = nn.Identity()
+            for module in self.network.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x.contiguous(memory_format=torch.channels_last))  # (B, dim)
+
+
+class LastBlock(nn.Module):
+    """A residual block from `width` to `dim` channels; its shortcut is a 1x1 convolution with batch norm."""
+
+    def __init__(self, width: int, dim: int, bottleneck: bool, relu: bool):
+        super().__init__()
+        shapes = [(width, 512, 1), (512, 512, 3), (512, dim, 1)] if bottleneck else [(width, dim, 3), (dim, dim, 3)]
+        layers: list[nn.Module] = []
+        for c_in, c_out, size in shapes:
+            layers += [
+                nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(inplace=True),
+            ]
+        self.path = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(width, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.last = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.path(x) + self.shortcut(x))  # (B, width, h, w) -> (B, dim, h, w)
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "convvit": ConvViT, "resnet": ResNet}

@@ -10,16 +10,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmark.errors import UserError
+
 
 class Spread(NamedTuple):
-    widest: Tensor  # (K,) largest value kept, 0 for a class without samples
+    widest: Tensor  # (K,) largest value kept
     kept: Tensor  # (K,) how many samples that leaves
 
 
 def members(labels: Tensor, classes: int) -> Iterator[Tensor]:
-    """Positions of each class's samples, class 0 first."""
-    order = labels.argsort(stable=True)
-    yield from order.split(torch.bincount(labels, minlength=classes).tolist())
+    """Positions of each class's samples, class 0 first.
+
+    Raises:
+        UserError: a class has none, so there is nothing to average over.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    refuse_empty(counts)
+    yield from labels.argsort(stable=True).split(counts.tolist())
+
+
+def refuse_empty(counts: Tensor) -> None:
+    """Name the first class without images; its mean would be NaN, or zero, which no method expects."""
+    empty = (counts == 0).nonzero()[:, 0]
+    if len(empty):
+        raise UserError(
+            f"class {int(empty[0])} (from 0, in the protocol's class order) has no training image, so no mean: give it images, "
+            "or take it out of the protocol's classes"
+        )
 
 
 def within_fences(values: Tensor, labels: Tensor, classes: int) -> Spread:
@@ -31,9 +48,7 @@ def within_fences(values: Tensor, labels: Tensor, classes: int) -> Spread:
             low, high = inside.quantile(0.25), inside.quantile(0.75)
             reach = 1.5 * (high - low)
             inside = inside[(inside >= low - reach) & (inside <= high + reach)]
-        kept[k] = len(inside)
-        if len(inside):
-            widest[k] = inside.max()
+        kept[k], widest[k] = len(inside), inside.max()
     return Spread(widest, kept)
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from benchmark.images import ways
 from benchmark.plan import Node, Plan
 from benchmark.store import Store
 from benchmark.task import Task
@@ -112,7 +113,8 @@ def work(node: Node, task: Task) -> int:
     if node.kind == "train":
         recipe = task.protocol.releases[node.spec["t"]].recipe
         teachers = sum(kind == "encoder" for kind, _ in node.spec["needs"].values())
-        return recipe.epochs * task.train_size(node.spec["t"]) * (3 + teachers)
+        passes = min(recipe.epochs, ways(recipe.augment) or recipe.epochs)  # where there are few views, they are kept
+        return (3 * recipe.epochs + passes * teachers) * task.train_size(node.spec["t"])
     if node.kind == "embed":
         split, _, side = node.spec["items"].partition(":")
         return task.train_size(int(side)) if split == "train" else len(task.items(split, side)[0])

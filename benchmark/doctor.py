@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}  # uploaded on 2026-04-30, Lightning-AI/pytorch-lightning issue 21691
 ROOM = 2 * 2**30  # bytes of free disk and of memory below which we warn
 SECONDS = 2.0  # of real training steps timed for each release
+PIXELS = 2**18  # of a batch timed on a CPU: a whole one of large images would take minutes, and all memory
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,10 @@ def _expected_time(task: Task) -> str:
     total, parts = 0.0, []
     for t, node in enumerate(nodes):
         if node.kind == "train":
-            per_step, timed, steps = time_steps(node, task)
+            per_step, timed, steps, share = time_steps(node, task)
             total += per_step * steps
-            parts.append(f"release {t} {_duration(per_step * steps)} ({timed} of {steps} steps timed)")
+            part = f", on {share:.1%} of a batch" if share < 1 else ""
+            parts.append(f"release {t} {_duration(per_step * steps)} ({timed} of {steps} steps timed{part})")
         else:
             parts.append(f"release {t} frozen")
     where = task.device if task.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
@@ -305,10 +307,11 @@ def _expected_time(task: Task) -> str:
     )
 
 
-def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float, int, int]:
-    """(seconds a step, steps timed, steps of the whole training) of a `train` node, by training it for a moment.
+def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float, int, int, float]:
+    """(seconds a step, steps timed, steps of the whole training, share of a batch timed) of a `train` node.
 
-    The first two steps, which set up kernels and memory, are left out where there are more.
+    By training it for a moment. The first two steps, which set up kernels and memory, are left out where there are more. On a
+    CPU, steps on large images are timed on a part of the batch, and taken to be that much shorter.
     """
     import lightning
     import torch
@@ -318,7 +321,12 @@ def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float,
 
     t = node.spec["t"]
     method = training.build(node, Context(**training.bare_context(node.spec, task)))
-    loader = task.train_loader(t, method.view, node.spec["seed"])
+    loader: Any = task.train_loader(t, method.view, node.spec["seed"])
+    steps, whole = len(loader), loader.batch_size
+    if task.device == "cpu":
+        image = next(iter(task.item_loader("test", "query"))).x["image"]
+        loader.batch_size = min(whole, max(2, PIXELS // image[0, 0].numel()))
+    share = loader.batch_size / whole
     recipe = method.recipe(task.protocol.releases[t].recipe)
     marks: list[float] = []  # start, then the end of each step
 
@@ -349,7 +357,7 @@ def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float,
     )
     trainer.fit(method, loader)
     timed = marks[2:] if len(marks) > 3 else marks
-    return (timed[-1] - timed[0]) / (len(timed) - 1), len(timed) - 1, recipe.epochs * len(loader)  # type: ignore[arg-type]
+    return (timed[-1] - timed[0]) / (len(timed) - 1) / share, len(timed) - 1, recipe.epochs * steps, share
 
 
 def _duration(seconds: float) -> str:

@@ -37,11 +37,13 @@ class Head(nn.Module):
         """(B, D) -> (B, K), without margin."""
         if self.spec.kind == "linear":
             return z @ self.weight.T
+        if self.spec.kind == "unit":
+            return F.normalize(z) @ self.weight.T
         return self.spec.scale * self.cosines(z)
 
     def forward(self, z: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of labels `y` (B,), margins included. `reduction="none"` gives (B,)."""
-        if self.spec.kind in ("cosine", "linear"):
+        if self.spec.kind in ("cosine", "linear", "unit"):
             logits = self.logits(z)
         else:
             cosine = self.cosines(z)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ class Batch(NamedTuple):
     """What a method's `loss` sees."""
 
     index: Tensor  # type: ignore[assignment]  # (B,) position in the training list: caches of old embeddings are keyed by it
-    x: Mapping[str, Tensor]  # "image" (B, C, H, W); "image2" for a second view; "text"; ...
+    # "image" (B, C, H, W); "image2" for a second view; "text"; ... "key" (B,) names the view in "image" where training has few
+    # views: whoever changes that image must leave the key out
+    x: Mapping[str, Tensor]
     y: Tensor  # (B,) class index in the protocol's class order
 
 
@@ -30,6 +32,7 @@ class ImageLoader:
         images: (N, C, H, W) uint8, on the device of the run.
         labels: (N,) int64.
         mean, std: per channel, on the 0..255 scale.
+        size: side to which each batch is resized, bilinearly, after augmentation; None = as stored.
         augment: names from `Recipe.augment`; empty = evaluation view.
         views: how many independent augmentations of each image ("image", "image2", ...).
         seed: of this loader; the epoch is mixed in.
@@ -43,13 +46,14 @@ class ImageLoader:
         std: tuple[float, ...],
         *,
         batch_size: int,
+        size: int | None = None,
         shuffle: bool = False,
         augment: tuple[str, ...] = (),
         views: int = 1,
         seed: int = 0,
     ):
         self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
-        self.augment, self.views, self.seed, self.epoch = augment, views, seed, 0
+        self.augment, self.views, self.seed, self.size, self.epoch = augment, views, seed, size, 0
         self.mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
         for name in augment:
@@ -68,6 +72,10 @@ class ImageLoader:
         count = len(self.labels)
         return max(1, count // self.batch_size) if self.shuffle else -(-count // self.batch_size)
 
+    @property
+    def ways(self) -> int | None:
+        return ways(self.augment)
+
     def __iter__(self) -> Iterator[Batch]:
         # drawn on the CPU, so that order and augmentation are the same on every device
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", self.epoch))
@@ -75,27 +83,64 @@ class ImageLoader:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for i in range(len(self)):
             index = order[i * self.batch_size : (i + 1) * self.batch_size].to(self.images.device)
-            image = (self.images[index].float() - self.mean) / self.std
-            names = ["image", *(f"image{v}" for v in range(2, self.views + 1))]
-            yield Batch(index, {name: self._augmented(image, generator) for name in names}, self.labels[index])
+            image, x = self._normalised(index), {}
+            for name in ["image", *(f"image{v}" for v in range(2, self.views + 1))]:
+                shift, flip = self._drawn(len(index), generator)
+                x[name] = self._view(image, shift, flip)
+                if self.shuffle and self.ways and name == "image":
+                    x["key"] = self.ways * index + flip
+            yield Batch(index, x, self.labels[index])
 
-    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Random shift by up to p px after zero padding, then a random flip, for the whole batch in one gather."""
-        if not self.augment:
-            return x
-        pad = next((int(name[4:]) for name in self.augment if name.startswith("crop")), 0)
-        batch, _, height, width = x.shape
-        shift = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator).to(x.device)
-        rows = shift[0] + torch.arange(height, device=x.device)  # (B, H)
-        cols = torch.arange(width, device=x.device).expand(batch, width)
+    def shown(self) -> Iterator[Batch]:
+        """All views that training can show, in the order of their "key", in batches of exactly `batch_size`: kernels, which are
+        chosen by shape, are then those of training. The last batch is filled up from the start."""
+        assert self.ways, "with random crops there are too many views"
+        total = self.ways * len(self.labels)
+        keys = torch.arange(-(-total // self.batch_size) * self.batch_size, device=self.images.device) % total
+        still = torch.zeros(2, self.batch_size, dtype=torch.int64, device=self.images.device)
+        for key in keys.split(self.batch_size):
+            index, flip = key // self.ways, key % self.ways
+            image = self._view(self._normalised(index), still, flip)
+            yield Batch(index, {"image": image, "key": key}, self.labels[index])
+
+    def _normalised(self, index: Tensor) -> Tensor:
+        return (self.images[index].float() - self.mean) / self.std  # (B, C, H, W)
+
+    @property
+    def _pad(self) -> int:
+        return next((int(name[4:]) for name in self.augment if name.startswith("crop")), 0)
+
+    def _drawn(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Shift of rows and columns (2, B) in 0 .. 2 pad, and flip (B,) in {0, 1}, int64."""
+        shift, flip = torch.zeros(2, batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+        if self.augment:
+            shift = torch.randint(0, 2 * self._pad + 1, (2, batch), generator=generator)
         if "flip" in self.augment:
-            flip = torch.rand(batch, 1, generator=generator).to(x.device) < 0.5
-            cols = torch.where(flip, cols.flip(1), cols)
-        cols = shift[1] + cols  # (B, W)
-        x = F.pad(x, (pad, pad, pad, pad))
+            flip = (torch.rand(batch, generator=generator) < 0.5).long()
+        return shift.to(self.images.device), flip.to(self.images.device)
+
+    def _view(self, x: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        """Shift by up to `pad` px after zero padding, then flip, for the whole batch in one gather; then resize."""
+        if not self.augment:
+            return self._resized(x)
+        batch, _, height, width = x.shape
+        rows = shift[0, :, None] + torch.arange(height, device=x.device)  # (B, H)
+        cols = torch.arange(width, device=x.device).expand(batch, width)
+        cols = shift[1, :, None] + torch.where(flip[:, None] > 0, cols.flip(1), cols)  # (B, W)
+        x = F.pad(x, (self._pad,) * 4)
         item = torch.arange(batch, device=x.device)[:, None, None]
         x = x[item, :, rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
-        return x.permute(0, 3, 1, 2)  # NCHW view of channels-last memory
+        return self._resized(x.permute(0, 3, 1, 2))  # NCHW view of channels-last memory
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.size is None:
+            return x
+        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)  # (B, C, size, size)
+
+
+def ways(augment: Collection[str]) -> int | None:
+    """How many views of an image training can show: 1, or 2 with flips; None = too many to keep (crops)."""
+    return None if set(augment) - {"flip"} else 1 + ("flip" in augment)
 
 
 def check_images(images: Tensor, labels: Tensor, name: str) -> None:

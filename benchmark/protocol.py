@@ -31,10 +31,10 @@ class Recipe:
 
     epochs: int = 10
     batch_size: int = 128
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "heavyball"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.01
-    momentum: float = 0.9  # sgd only
+    momentum: float = 0.9  # sgd: Nesterov's; heavyball: without look-ahead
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     warmup: float = 0.25  # share of all steps
     label_smoothing: float = 0.0
@@ -60,11 +60,12 @@ class Release:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The task's classification head. `cosine`: normalised features and weights times `scale`; `linear`: neither."""
+    """The task's classification head. `cosine`: normalised features and weights times `scale`; `linear`: neither; `unit`:
+    normalised features, free weights, no scale (`norm_feature` in FCT's and BT2's code)."""
 
     __pydantic_config__ = _STRICT
 
-    kind: Literal["cosine", "linear", "arcface", "cosface"] = "cosine"
+    kind: Literal["cosine", "linear", "unit", "arcface", "cosface"] = "cosine"
     scale: float = 16.0
     margin: float = 0.5  # arcface (radians), cosface (cosine) only
 

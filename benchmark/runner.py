@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmark import backfilling, catalog, training
+from benchmark.classwise import refuse_empty
 from benchmark.embeddings import Embeddings, Stored, View, read_tensors
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
@@ -197,8 +198,7 @@ def _means(node: Node, task: Task, store: Store, report: training.Report) -> Non
     embedded, release = store.embeddings(source), source.inputs["encoder"].spec["t"]
     assert embedded.labels is not None
     means, counts = class_means(embedded.main(release), embedded.labels, task.classes(node.spec["t"]))
-    if (counts == 0).any():
-        raise UserError(f"{node.label}: class {int((counts == 0).nonzero()[0, 0])} has no training image, so no mean")
+    refuse_empty(counts)
     store.write_tensors(node, "means.safetensors", {"means": means, "counts": counts})
 
 

@@ -128,6 +128,7 @@ class ImageRetrieval(Task):
 
     mean: tuple[float, ...] = (127.5,)
     std: tuple[float, ...] = (127.5,)
+    size: int | None = None  # side to which batches are resized; the images are kept as they are
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class ImageRetrieval(Task):
     def train_loader(self, t: int, view: str, seed: int, batch_size: int = 1000) -> ImageLoader:
         recipe, index = self.protocol.releases[t].recipe, self.train_index(t)
         if view == "eval":
-            return self._loader("train", index, batch_size=batch_size)
+            return self._loader("train", index, batch_size=min(batch_size, self._at_once()))
         views = {"train": 1, "two_views": 2}[view]
         size = min(recipe.batch_size, len(index))
         return self._loader(
@@ -222,7 +223,11 @@ class ImageRetrieval(Task):
 
     def _loader(self, split: str, index: Tensor, **options: Any) -> ImageLoader:
         images, labels = self.sets[split].images[index].to(self.device), self.labels[split][index].to(self.device)
-        return ImageLoader(images, labels, self.mean, self.std, **options)
+        return ImageLoader(images, labels, self.mean, self.std, size=self.size, **options)
+
+    def _at_once(self) -> int:
+        """Images embedded at once: 1000 small ones, or 200 resized ones (120 MB of pixels at 224 px)."""
+        return 200 if self.size else 1000
 
     def _side(self, split: str, side: str) -> tuple[str, Tensor]:
         """Source part ("train" or "test") and positions in it of one side of an evaluation split."""
@@ -243,7 +248,7 @@ class ImageRetrieval(Task):
 
     def item_loader(self, split: str, side: str) -> ImageLoader:
         part, index = self._side(split, side)
-        return self._loader(part, index, batch_size=1000)
+        return self._loader(part, index, batch_size=self._at_once())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ from benchmark.bridge import Bridge, Side, join, multiply_adds
 from benchmark.embeddings import Link, View
 from benchmark.errors import UserError
 from benchmark.heads import Head
+from benchmark.images import ImageLoader
 from benchmark.method import Context, Encoder, Method
 from benchmark.plan import Node
 from benchmark.protocol import Protocol, derive_seed, to_json
@@ -163,6 +164,9 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
     )
     resume = checkpoint if checkpoint.is_file() else None
     batches = loader(method.view)
+    if isinstance(batches, ImageLoader) and batches.ways and recipe.epochs > batches.ways:
+        for encoder in encoders.values():
+            encoder.keep(batches)
     try:
         trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -201,6 +205,7 @@ class EpochEnd(Checkpoint):
     def __init__(self, path: Path, label: str, report: Report, epochs: int):
         self.path, self.label, self.report, self.epochs = path, label, report, epochs
         self.finished, self.teacher_forwards = False, 0
+        self.filled: list[str] = []  # encoders whose kept embeddings are billed: a resumed run makes them again
         self.started, self.spent_before = time.monotonic(), 0.0
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
@@ -215,10 +220,12 @@ class EpochEnd(Checkpoint):
                 f"{self.label}: loss term '{name}' became {value} in epoch {trainer.current_epoch}; lower the learning rate or "
                 "its weight, or set recipe.clip_norm"
             )
-        seen = {name: encoder.images_seen for name, encoder in module.context.encoders.items()}
-        self.teacher_forwards += sum(seen.values())
-        for encoder in module.context.encoders.values():
+        for name, encoder in module.context.encoders.items():
+            self.teacher_forwards += encoder.images_seen
             encoder.images_seen = 0
+            if encoder.images_kept and name not in self.filled:
+                self.teacher_forwards += encoder.images_kept
+                self.filled.append(name)
         self.finished = trainer.current_epoch + 1 >= self.epochs
         if not self.finished:
             partial_path = self.path.with_suffix(".partial")
@@ -233,11 +240,13 @@ class EpochEnd(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         return {
             "teacher_forwards": self.teacher_forwards,
+            "filled": self.filled,
             "seconds": self.spent_before + time.monotonic() - self.started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.teacher_forwards, self.spent_before = state["teacher_forwards"], state["seconds"]
+        self.filled = state.get("filled", [])  # of a checkpoint from before embeddings were kept: none
 
 
 def _fingerprint(encoder: Encoder) -> list[float]:

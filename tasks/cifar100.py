@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,27 @@ FILES = {"train": 50_000, "test": 10_000}
 
 
 class Cifar100(ImageRetrieval):
-    """60,000 images of 100 classes at 32 x 32; `pixels: 16` averages 2 x 2 blocks."""
+    """60,000 images of 100 classes at 32 x 32.
+
+    `task_args`, beside those of `ImageRetrieval`:
+
+    - `pixels`: 32; 16 averages 2 x 2 blocks; more than 32 (e.g. 224) resizes each batch on the device, images stay at 32.
+    - `mean`, `std`: per channel, on the 0..255 scale (default: of the training images at 32 px).
+    """
 
     name = "cifar100"
-    mean, std = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)  # training images, 0..255 scale, at 32 px
+    mean: tuple[float, ...] = (129.3, 124.1, 112.4)
+    std: tuple[float, ...] = (68.2, 65.4, 70.4)
 
-    def read(self, pixels: int = 32) -> tuple[list[str], ImageSet, ImageSet]:
-        if pixels not in (16, 32):
-            raise UserError(f"cifar100: pixels is 16 or 32, not {pixels}")
+    def read(
+        self, pixels: int = 32, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> tuple[list[str], ImageSet, ImageSet]:
+        if pixels != 16 and pixels < 32:
+            raise UserError(f"cifar100: pixels is 16, 32 or more, not {pixels}")
+        self.size = pixels if pixels > 32 else None
+        self.mean, self.std = tuple(mean or self.mean), tuple(std or self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"cifar100: mean and std hold 3 numbers each, std above 0, not {self.mean}, {self.std}")
         parts = {split: self._open(split) for split in FILES}
         sets = []
         for split, count in FILES.items():

@@ -83,10 +83,21 @@ def test_a_moment_of_training_tells_the_whole(tmp_path: Path) -> None:
     found = protocol.load(DIGITS)
     task = open_task(found, None, "cpu")
     node = build(found, MethodRun.of("Independent"), 0, task.fingerprint).releases[1]
-    per_step, timed, steps = doctor.time_steps(node, task, seconds=0.1)
-    whole, all_timed, _ = doctor.time_steps(node, task, seconds=1e9)
-    assert 1 <= timed < all_timed == steps - 2
+    per_step, timed, steps, share = doctor.time_steps(node, task, seconds=0.1)
+    whole, all_timed, _, _ = doctor.time_steps(node, task, seconds=1e9)
+    assert 1 <= timed < all_timed == steps - 2 and share == 1
     assert whole / 4 < per_step < whole * 4
+
+
+def test_large_batches_are_timed_in_part_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmark.plan import MethodRun, build
+    from benchmark.runner import open_task
+
+    monkeypatch.setattr(doctor, "PIXELS", 8 * 8 * 8)  # eight digits of a batch of 32
+    task = open_task(protocol.load(DIGITS), None, "cpu")
+    node = build(task.protocol, MethodRun.of("Independent"), 0, task.fingerprint).releases[1]
+    _, _, steps, share = doctor.time_steps(node, task, seconds=0.01)
+    assert share == 8 / 32 and steps == task.protocol.releases[1].recipe.epochs * (task.train_size(1) // 32)
 
 
 def test_missing_data_are_a_warning_with_the_way_out(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from benchmark.heads import Head, class_means
 from benchmark.protocol import HeadSpec
 
-KINDS = [HeadSpec("cosine", 16.0), HeadSpec("linear"), HeadSpec("arcface", 8.0, 0.5), HeadSpec("cosface", 8.0, 0.4)]
+KINDS = [HeadSpec("cosine", 16.0), HeadSpec("linear"), HeadSpec("unit")]
+KINDS += [HeadSpec("arcface", 8.0, 0.5), HeadSpec("cosface", 8.0, 0.4)]
 
 
 def naive(z: torch.Tensor, W: torch.Tensor, y: int, spec: HeadSpec, smoothing: float) -> float:
@@ -20,6 +21,9 @@ def naive(z: torch.Tensor, W: torch.Tensor, y: int, spec: HeadSpec, smoothing: f
         cosine = dot / math.sqrt(sum(a * a for a in z.tolist())) / math.sqrt(sum(b * b for b in w))
         if spec.kind == "linear":
             logits.append(dot)
+            continue
+        if spec.kind == "unit":
+            logits.append(dot / math.sqrt(sum(a * a for a in z.tolist())))
             continue
         if k == y and spec.kind == "cosface":
             cosine -= spec.margin

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmark.errors import UserError
 from benchmark.images import ImageLoader
@@ -60,6 +62,18 @@ def test_training_drops_the_last_partial_batch_and_repeats_no_image() -> None:
 def test_two_views_are_two_draws() -> None:
     batch = next(iter(loader(shuffle=True, augment=("flip", "crop2"), views=2)))
     assert not torch.equal(batch.x["image"], batch.x["image2"])
+
+
+@pytest.mark.parametrize("augment", [(), ("flip",)])
+def test_resizing_equals_pillows_on_every_image(augment: tuple[str, ...]) -> None:
+    """Pillow rounds to whole grey levels after each of its two passes, hence up to one level of difference."""
+    batch = next(iter(loader(shuffle=bool(augment), augment=augment, size=20)))
+    assert batch.x["image"].shape == (8, 3, 20, 20)
+    for i, x in zip(batch.index, batch.x["image"]):
+        views = [IMAGES[i], IMAGES[i].flip(2)][: 1 + len(augment)]
+        pictures = [Image.fromarray(view.permute(1, 2, 0).numpy()).resize((20, 20), Image.BILINEAR) for view in views]
+        resized = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() for picture in pictures]
+        assert min(float((x - wanted).abs().max()) for wanted in resized) <= 1.001
 
 
 def test_an_unknown_augmentation_is_named() -> None:

@@ -967,7 +967,9 @@ def test_bct_distill_on_classes_of_one_kind(classes: list[int]) -> None:
 # ------------------------------------------------------------------------------------------------------- properties
 
 
-@pytest.mark.parametrize("kind, scale, margin", [("arcface", 30.0, 0.3), ("cosface", 64.0, 0.4), ("linear", 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "kind, scale, margin", [("arcface", 30.0, 0.3), ("cosface", 64.0, 0.4), ("linear", 1.0, 0.0), ("unit", 1.0, 0.0)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_stay_finite_with_other_heads(name: str, kind: Any, scale: float, margin: float) -> None:
     method = make(name, spec=HeadSpec(kind, scale, margin))
