@@ -120,6 +120,20 @@ def make_parser() -> ArgumentParser:
     backfill.add_argument("--plan", type=Path, help="a YAML file: forecast of one backfill in hours; needs no data")
     backfill.add_argument("--png", type=Path, help="the chart (default: backfill.png beside the records)")
 
+    pairs = command(
+        "pairs",
+        "Which map between two spaces is best at 100, 1,000 and 10,000 pairs, on a protocol's releases.",
+        "compatbench pairs cifar100-lite@1 --data DIR",
+    )
+    pairs.add_argument("protocol", help="leaderboard name")
+    pairs.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
+    pairs.add_argument("--data", type=Path, help="folder with the data")
+    pairs.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
+    pairs.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
+    pairs.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
+    pairs.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    pairs.add_argument("--publish", action="store_true", help="also write the record into the leaderboard")
+
     tune = command(
         "tune",
         "Choose a method's hyperparameters by the tuning rule: six trials on the validation split, logged.",
@@ -316,6 +330,27 @@ def command_backfill(args: Namespace) -> None:
     console.print(f"records: {args.runs / protocol.id}; chart: {chart}", soft_wrap=True)
 
 
+def command_pairs(args: Namespace) -> None:
+    from rich import get_console
+    from rich.markdown import Markdown
+
+    console, protocol = get_console(), protocols.load(args.protocol)
+    seeds = chosen_seeds(protocol, args.seed)
+    with console.status("loading torch and lightning"):
+        from benchmark import console as progress
+        from benchmark import pairs
+        from benchmark.runner import default_device, open_task
+        from benchmark.store import Store
+    task = open_task(protocol, args.data, args.device or default_device())
+    with progress.Bars(console) as bars:
+        record = pairs.study(
+            protocol, task, Store(args.runs), seeds, jobs=args.jobs, threads=args.threads, progress=bars
+        )
+    console.print(Markdown(pairs.markdown(record)))
+    if args.publish:
+        console.print(f"record: {pairs.publish(record)}; a row of the table needs all seeds", soft_wrap=True)
+
+
 def command_tune(args: Namespace) -> None:
     from rich import get_console
     from rich.table import Table
@@ -476,6 +511,7 @@ def command_demo(args: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "run": command_run,
     "backfill": command_backfill,
+    "pairs": command_pairs,
     "tune": command_tune,
     "list": command_list,
     "doctor": command_doctor,

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmark import protocol, record
+from benchmark import pairs, protocol, record
 from benchmark.record import Cost
 from benchmark.statistics import Interval
 from leaderboards import tables
@@ -33,6 +33,11 @@ needs included), in the trials of tuned rows, and by frozen teachers during trai
 released, over Independent's. Multiply-adds: of one query by the last release. Items re-embedded and vectors rewritten: of the
 gallery, before the new release can answer. Training seconds stand in the records; they hang on the machine and its load, so they
 are not compared here."""
+PAIRS_TITLE = "## How many pairs a map needs"
+PAIRS = """\
+Post-hoc maps between independent releases, fitted directly (no chain) to so many training images embedded by both, drawn from the
+seed; mean over seeds, all queries, in percent. Best of its column and side in bold, without a test. \"needs n\": the map has more
+degrees of freedom than pairs. Run by `compatbench pairs`."""
 MADE = "Made from the records in this folder by `make leaderboards`; nothing here is typed by hand."
 
 
@@ -135,7 +140,10 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
         text += [title, accuracy(by_stratum[stratum][metric])]
     for other in metrics[1:]:
         text += [f"## {other}, all queries", accuracy(by_stratum["all"][other])]
-    text += ["## Cost", COST, cost(found), MADE]
+    text += ["## Cost", COST, cost(found)]
+    if (file := folder / "pairs.json").is_file():
+        text += [PAIRS_TITLE, PAIRS, pairs.markdown(pairs.load(file))]
+    text += [MADE]
     bound = next(line for line in main if line.row.name == "Independent").oracle
     oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(bound))
     every = ((name, s, one) for s, by_metric in by_stratum.items() for name, one in by_metric.items())
