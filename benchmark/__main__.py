@@ -337,18 +337,18 @@ def command_pairs(args: Namespace) -> None:
     console, protocol = get_console(), protocols.load(args.protocol)
     seeds = chosen_seeds(protocol, args.seed)
     with console.status("loading torch and lightning"):
+        from benchmark import budgets
         from benchmark import console as progress
-        from benchmark import pairs
         from benchmark.runner import default_device, open_task
         from benchmark.store import Store
     task = open_task(protocol, args.data, args.device or default_device())
     with progress.Bars(console) as bars:
-        record = pairs.study(
+        record = budgets.study(
             protocol, task, Store(args.runs), seeds, jobs=args.jobs, threads=args.threads, progress=bars
         )
-    console.print(Markdown(pairs.markdown(record)))
+    console.print(Markdown(budgets.markdown(record)))
     if args.publish:
-        console.print(f"record: {pairs.publish(record)}; a row of the table needs all seeds", soft_wrap=True)
+        console.print(f"record: {budgets.publish(record)}; a row of the table needs all seeds", soft_wrap=True)
 
 
 def command_tune(args: Namespace) -> None:

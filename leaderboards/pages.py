@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmark import pairs, protocol, record
+from benchmark import budgets, protocol, record
 from benchmark.record import Cost
 from benchmark.statistics import Interval
 from leaderboards import tables
@@ -142,7 +142,7 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
         text += [f"## {other}, all queries", accuracy(by_stratum["all"][other])]
     text += ["## Cost", COST, cost(found)]
     if (file := folder / "pairs.json").is_file():
-        text += [PAIRS_TITLE, PAIRS, pairs.markdown(pairs.load(file))]
+        text += [PAIRS_TITLE, PAIRS, budgets.markdown(budgets.load(file))]
     text += [MADE]
     bound = next(line for line in main if line.row.name == "Independent").oracle
     oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(bound))
