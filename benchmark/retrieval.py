@@ -248,7 +248,7 @@ class Cell:
 
         def work(rows: Tensor, scores: Tensor) -> T:
             reach = torch.arange(max(1, int(self.positives[rows].max())))
-            columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=self.ng - 1)]  # (B, P)
+            columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=len(self.by_label) - 1)]  # (B, P)
             columns[reach >= self.positives[rows, None]] = self.ng
             scores[:, self.ng :] = -torch.inf
             scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
