@@ -115,7 +115,9 @@ def work(node: Node, task: Task) -> int:
         return recipe.epochs * task.train_size(node.spec["t"]) * (3 + teachers)
     if node.kind == "embed":
         split, _, side = node.spec["items"].partition(":")
-        return task.train_size(int(side)) if split == "train" else len(task.items(split, side)[0])
+        if split == "train":
+            return task.train_size(int(side.partition(":")[0]))
+        return len(task.items(split, side)[0])
     return 0
 
 

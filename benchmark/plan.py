@@ -56,7 +56,7 @@ class MethodRun:
     def of(cls, name: str, given: Mapping[str, Any] | None = None) -> MethodRun:
         method, default = catalog.method(name)
         _, hyperparameters = catalog.method(name, given)
-        shown = name if name in catalog.names("method") else method.__name__
+        shown = name if name in catalog.names("method") + catalog.names("two-sided method") else method.__name__
         return cls(shown, method, hyperparameters, "paper" if hyperparameters == default else "custom")
 
 
@@ -93,9 +93,13 @@ class _Builder:
     def __init__(self, protocol: Protocol, seed: int, fingerprint: str, mode: Mode, split: str):
         self.protocol, self.seed, self.fingerprint, self.mode, self.split = protocol, seed, fingerprint, mode, split
         self.independent = MethodRun.of("Independent")
+        self.sides: tuple[str, ...] = catalog.load("task", protocol.task).sides
         self.made: dict[tuple[str, int], Node] = {}
 
     def plan(self, method: MethodRun) -> Plan:
+        if method.cls.loss is not Method.loss and method.cls.two_sided != bool(self.sides):
+            what = "images and texts" if method.cls.two_sided else "images alone"
+            raise UserError(f"{method.name} is a method for {what}, which {self.protocol.task} is no task of")
         count = len(self.protocol.releases)
         own = tuple(self.release(method, t) for t in range(count))
         bounds = tuple(self.release(self.independent, t) for t in range(count))
@@ -162,7 +166,7 @@ class _Builder:
     def need(self, need: Need, source: Node, t: int) -> Node:
         if need.kind == "encoder":
             return source
-        embedded = self.embed(source, f"train:{t}")
+        embedded = self.embed(source, f"train:{t}" + (f":{need.side}" if need.side else ""))
         if need.kind == "embeddings":
             return embedded
         return Node("means", f"class means of train:{t}, {source.label}", {"t": t}, {"embeddings": embedded})
@@ -179,8 +183,10 @@ class _Builder:
             return None  # unequal dims without a declared link
         inputs = {"link": queries[t]}
         for r, view in method.cls.query_views(t, k):
-            inputs[f"query/{r}/{view}"] = self.embed(queries[r], f"{self.split}:query")
+            for side in self.sides or ("query",):
+                inputs[f"query/{r}/{side if self.sides else view}"] = self.embed(queries[r], f"{self.split}:{side}")
         for r, view in method.cls.gallery_views(t, k):
-            inputs[f"gallery/{r}/{view}"] = self.embed(galleries[r], f"{self.split}:gallery")
+            for side in self.sides or ("gallery",):
+                inputs[f"gallery/{r}/{side if self.sides else view}"] = self.embed(galleries[r], f"{self.split}:{side}")
         spec = {"t": t, "k": k, "split": self.split, "similarity": self.protocol.similarity, "stored": stored}
         return Node("score", f"score queries of {queries[t].label}, gallery of {galleries[k].label}", spec, inputs)

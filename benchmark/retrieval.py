@@ -256,7 +256,9 @@ class Cell:
 
         # On the CPU, threads of ours share a chunk in slices too small for torch to start its own, each operation of
         # which waits a time slice (8 ms) where another process keeps a core busy.
-        few = max(1, 2**15 // max(1, int(self.positives.max()))) if self.device.type == "cpu" else size
+        few = size
+        if self.device.type == "cpu":
+            few = max(1, min(2**15 // max(1, int(self.positives.max())), -(-size // torch.get_num_threads())))
         results: list[T] = []
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for rows in order.split(size):

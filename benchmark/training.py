@@ -121,7 +121,10 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
     resume = checkpoint if checkpoint.is_file() else None
     batches = loader(method.view)
     try:
-        trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+        if recipe.epochs:
+            trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+        else:
+            method.solve()
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     if any(_fingerprint(encoders[name]) != value for name, value in before.items()):
@@ -216,7 +219,7 @@ def size(node: Node, task: Task) -> Size:
         method = build(node, Context(**bare_context(node.spec, task)))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)  # before `released` freezes them
     encoder = method.released().float()
-    x = {name: value[:1].cpu() for name, value in next(iter(task.item_loader("test", "query"))).x.items()}
+    x = {name: value.cpu() for name, value in task.sample(node.spec["t"]).items()}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer hides its products from the counter
     try:
