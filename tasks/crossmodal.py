@@ -160,7 +160,7 @@ class Crossmodal(Task):
     def items(self, split: str, side: str) -> tuple[Tensor, Tensor]:
         """As of `Task`, and the sides "image" and "text" (distinct strings), also of "train:<release>".
 
-        Labels are classes; where images have none, the image is its own class. Of distinct texts: 1 if an evaluation
+        Labels are classes; where images have none, the image is its own class. Of distinct training texts: 1 if the test
         split holds the string too, else 0.
         """
         if split.startswith("train:"):
@@ -168,7 +168,7 @@ class Crossmodal(Task):
             if side == "image":
                 index = torch.tensor(self.train_index(t))
                 return index, self._labels("train")[index]
-            known = {text for split in self.tests for text in self.texts(split)}
+            known = {*self.texts("test")}
             texts = self.train_texts(t)
             return torch.arange(len(texts)), torch.tensor([int(text in known) for text in texts])
         sets = self._sets(split)
@@ -238,15 +238,15 @@ class Crossmodal(Task):
         raise UserError(f"{self.protocol.id}: releases read their own items (side_loader); nothing reads all at once")
 
     def train_loader(self, t: int, view: str, seed: int, batch_size: int = 1000) -> Any:
-        """Views: "train" (pairs, augmented), "train:<n>" (of n training images), "texts" (training captions that no
-        evaluation split holds). `Batch.index` is the image's position in the list of release `t`, "caption" that of the
+        """Views: "train" (pairs, augmented), "train:<n>" (of n training images), "texts" (training captions that the
+        test split does not hold). `Batch.index` is the image's position in the list of release `t`, "caption" that of the
         caption in `train_texts`."""
         recipe, texts = self.protocol.releases[t].recipe, self.train_texts(t)
         tokens = self.tokens(t, texts, "the training set")
         if view == "texts":
             rows = (self.items(f"train:{t}", "text")[1] == 0).nonzero()[:, 0]
             if not len(rows):
-                raise UserError(f"{self.name}: every training caption occurs in an evaluation split; none is left for text alone")
+                raise UserError(f"{self.name}: every training caption occurs in the test split; none is left for text alone")
             return TextLoader(rows, tokens, batch_size=recipe.batch_size, shuffle=True, seed=seed)
         kind, _, count = view.partition(":")
         if kind != "train":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from benchmark.captions import CaptionDataset
@@ -10,13 +11,17 @@ from benchmark.protocol import digest
 from tasks.crossmodal import Crossmodal
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = ("a photo of the digit {}", "a handwritten {}", "the number {} on paper", "this is a {}", "somebody wrote {}")
+TEMPLATES = (
+    *("a photo of the digit {}", "a handwritten {}", "the number {} on paper", "this is a {}", "somebody wrote {}"),
+    *("one sees the digit {}", "a small {}", "the sign for {}", "{} in pencil", "a blurred {}", "digit {}", "a picture of {}"),
+)
+SEEN, TESTED = TEMPLATES[:10], TEMPLATES[5:]  # of training and of test captions: 5 are shared
 
 
 class DigitCaptions(Crossmodal):
-    """scikit-learn's 8 x 8 digits, three templated captions an image; equal strings, so relevance is by class.
+    """scikit-learn's 8 x 8 digits, three templated captions an image: equal strings, so relevance is by class and template.
 
-    The last template appears in test captions alone, so that some queries are unseen.
+    Some templates are of the training set alone, some of the test set alone, so that queries are seen and unseen.
     """
 
     name = "digitcaptions"
@@ -33,9 +38,10 @@ class DigitCaptions(Crossmodal):
             parts[i % 5 < 2].append(i)
         made = []
         for is_test, index in parts.items():
-            templates = TEMPLATES if is_test else TEMPLATES[:-1]
+            templates = TESTED if is_test else SEEN
             names = [NAMES[data.target[i]] for i in index]
-            captions = [[templates[(i + 2 * j) % len(templates)].format(n) for j in range(3)] for i, n in zip(index, names)]
+            chosen = [random.Random(i).sample(templates, 3) for i in index]
+            captions = [[template.format(name) for template in own] for own, name in zip(chosen, names)]
             made.append(CaptionDataset([str(i) for i in index], list(index), captions, names))  # type: ignore[arg-type]
         return made[0], {"digits": made[1]}
 

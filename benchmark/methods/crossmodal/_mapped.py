@@ -19,24 +19,25 @@ class Mapped(TwoSided):
 
     Args:
         towers: of the new release.
-        image_map, text_map: (B, d_n) -> (B, d_o); may be the same module.
-        log_scale: of the space that is mapped into: of the old release.
+        maps: (B, d_n) -> (B, d_o): one for both sides, or those of images and of texts.
     """
 
-    def __init__(self, towers: TwoSided, image_map: nn.Module, text_map: nn.Module, log_scale: float = 0.0):
+    log_scale: Tensor
+
+    def __init__(self, towers: TwoSided, *maps: nn.Module):
         super().__init__()
-        self.towers, self.image_map, self.text_map = towers, image_map, text_map
-        self.register_buffer("log_scale", torch.tensor(float(log_scale)))
+        self.towers, self.maps = towers, nn.ModuleList(maps)
+        self.register_buffer("log_scale", torch.tensor(0.0))
 
     @property
     def logit_scale(self) -> Tensor:  # type: ignore[override]
         return self.log_scale
 
     def image(self, x: Tensor) -> Tensor:
-        return F.normalize(self.image_map(F.normalize(self.towers.image(x))))
+        return F.normalize(self.maps[0](F.normalize(self.towers.image(x))))
 
     def text(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.text_map(F.normalize(self.towers.text(tokens))))
+        return F.normalize(self.maps[-1](F.normalize(self.towers.text(tokens))))
 
 
 class Projection(nn.Module):

@@ -2,7 +2,7 @@
 
 One orthogonal map is said to serve both towers of independently trained contrastive models and to be learnable from texts
 alone (see Ricci, Biondi, Pernici, "Spherical Interpolation for Backward-Compatible Multimodal Representations", whose
-Procrustes is the default here). Fitted on unit rows, output normalised. Captions that occur in an evaluation split are
+Procrustes is the default here). Fitted on unit rows, output normalised. Captions that occur in the test split are
 left out of the text support.
 """
 
@@ -64,7 +64,7 @@ class Adapted(Method):
         old_dim = context.old_dim or self.width
         self.backbone.requires_grad_(False)
         maps = [adapters.KINDS[kind].build(self.width, old_dim) for _ in range(2 if per_side else 1)]
-        self.network = Mapped(self.backbone, maps[0], maps[-1])
+        self.network = Mapped(self.backbone, *maps)
         if context.encoders:
             self.backbone.load_state_dict(context.encoders["new"].network.state_dict())
             self.network.log_scale.copy_(context.encoders["old"].network.logit_scale)
@@ -97,14 +97,8 @@ class Adapted(Method):
         found = {side: self.pairs(side) for side in SIDES}
         if self.support == "both":
             found["both"] = tuple(torch.cat(x) for x in zip(*(found[side] for side in SIDES)))  # type: ignore[assignment]
-        fitted = {
-            name: adapters.fit(self.kind, *found[name], seed=self.context.seed)
-            for name in (SIDES if self.per_side else (self.support,))
-        }
-        if self.per_side:
-            self.network.image_map, self.network.text_map = fitted["image"], fitted["text"]
-        else:
-            self.network.image_map = self.network.text_map = fitted[self.support]
+        for place, name in enumerate(SIDES if self.per_side else (self.support,)):
+            self.network.maps[place] = adapters.fit(self.kind, *found[name], seed=self.context.seed)
 
     def released(self) -> Encoder:
         return Encoder(self.network, self.context.old_dim or self.width)

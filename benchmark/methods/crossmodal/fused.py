@@ -57,7 +57,7 @@ class Fused(Adapted):
 
     def solve(self) -> None:
         super().solve()
-        t, maps = self.context.t, {"image": self.network.image_map, "text": self.network.text_map}
+        t, maps = self.context.t, {"image": self.network.maps[0], "text": self.network.maps[-1]}
         old = {side: unit(self.context, f"old_{side}", t - 1, side) for side in maps}
         new = {side: F.normalize(maps[side](unit(self.context, f"new_{side}", t, side))) for side in maps}
         positives = self.positives(len(old["image"]), len(old["text"]))

@@ -78,13 +78,13 @@ class XBT(Method):
             self.backbone.load_state_dict(context.encoders["new"].network.state_dict())
         if rank:
             add_lora(self.backbone, rank, alpha)
-        self.network = Mapped(self.backbone, self.phi, self.phi)
+        self.network = Mapped(self.backbone, self.phi)
         self.phi.requires_grad_(phi_rate > 0)
         if context.encoders:
             source = context.encoders["old" if target == "old" else "stage1"].network
             self.network.log_scale.copy_(source.logit_scale)
             if target != "old":
-                self.phi.load_state_dict(source.text_map.state_dict())
+                self.phi.load_state_dict(source.maps[0].state_dict())
             names = {"stage1": "stage1_texts"}
             release = context.t if target == "stage1" else context.t - 1
             self.texts = unit(context, names.get(target, "old_texts"), release, "text")

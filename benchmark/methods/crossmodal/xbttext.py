@@ -8,7 +8,7 @@ place and size, phi's depth and every constant below are our reconstruction.
 
 z, y: embeddings of one caption by the new and the old text tower; eps ~ N(0, I), so that sigma is the noise's expected norm
 beside |z| = 1; tau: the old model's temperature. Images lie off the texts' manifold (modality gap), and without noise phi
-would have to extrapolate to them. Captions that occur in an evaluation split are left out.
+would have to extrapolate to them. Captions that occur in the test split are left out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class XBTText(Method):
         self.sigma, self.beta, self.epochs, self.lr = sigma, beta, epochs, lr
         self.backbone.requires_grad_(False)
         self.phi = Projection(self.width, context.old_dim or self.width, phi)
-        self.network = Mapped(self.backbone, self.phi, self.phi)
+        self.network = Mapped(self.backbone, self.phi)
         if context.encoders:
             self.backbone.load_state_dict(context.encoders["new"].network.state_dict())
             self.network.log_scale.copy_(context.encoders["old"].network.logit_scale)
