@@ -88,7 +88,9 @@ class Relevance:
 
     def chance_by_index(self) -> float:
         """Expected R@1 of a random ranking if only a caption and its own image fitted: what matching by index would say."""
-        return 1 / self.positives["T2I"].gallery  # both directions: an image has M / N of the M captions on average, a caption one of N images
+        return (
+            1 / self.positives["T2I"].gallery
+        )  # both directions: an image has M / N of the M captions on average, a caption one of N images
 
     def class_oracle(self, direction: str, labels: Tensor, k: int = 1) -> float:
         """Expected R@k of a ranking that puts the query's class (N,) of images first and is random within classes.
@@ -123,7 +125,7 @@ class PairRanking(Ranking):
     gallery: int
 
     def recalls(self, ks: Sequence[int] = KS, select: Tensor | None = None) -> dict[str, float | int | None]:
-        """"r@<k>", "mrr" in [0, 1], "median_rank", "tied" (share of queries that ties decide), "queries", "gallery".
+        """ "r@<k>", "mrr" in [0, 1], "median_rank", "tied" (share of queries that ties decide), "queries", "gallery".
 
         `select` (Nq,) bool restricts the queries, as to a domain of nocaps. None where no query is left.
         """

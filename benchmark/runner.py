@@ -221,7 +221,9 @@ def _score(node: Node, task: Task, store: Store, report: training.Report) -> Non
     pairs = {}
     with torch.inference_mode():
         for direction in task.directions:
-            query, gallery = ({view: z for view, z in sides[side].items() if fits(view, side, direction)} for side in sides)
+            query, gallery = (
+                {view: z for view, z in sides[side].items() if fits(view, side, direction)} for side in sides
+            )
             pairs[direction] = link.query(query, stored), link.gallery(gallery, stored)
     scores = task.score_all(pairs, node.spec["split"])
     store.write_json(node, "scores.json", scores.metrics)

@@ -172,7 +172,9 @@ class Spec:
         """Raises UserError: not open_clip, an argument unknown, a config that is no file or lacks its parts."""
         family, _, name = backbone.partition("/")
         if family != "open_clip":
-            raise UserError(f"backbone '{backbone}' has no text tower; two-sided ones are open_clip or open_clip/<name>")
+            raise UserError(
+                f"backbone '{backbone}' has no text tower; two-sided ones are open_clip or open_clip/<name>"
+            )
         known = ("pretrained", "force_quick_gelu") if name else ("config", "mean", "std")
         for key in args:
             if key not in known:
@@ -265,7 +267,9 @@ class Spec:
         cfg = open_clip.get_model_preprocess_cfg(model)
         found = getattr(getattr(model, "visual", None), "output_dim", self.dim)
         if found != self.dim:
-            raise UserError(f"{self.name} embeds into {found} dims, the protocol's release says {self.dim}; set dim: {found}")
+            raise UserError(
+                f"{self.name} embeds into {found} dims, the protocol's release says {self.dim}; set dim: {found}"
+            )
         return model, cfg
 
 

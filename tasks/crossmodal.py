@@ -95,7 +95,9 @@ class Crossmodal(Task):
     ) -> tuple[CaptionDataset, dict[str, CaptionDataset]]:
         """The training pairs and the evaluation sets by name."""
         if not train or not test:
-            raise UserError(f"{self.name}: task_args name `train` and `test`, e.g. train: {{source: dataset.json, split: train}}")
+            raise UserError(
+                f"{self.name}: task_args name `train` and `test`, e.g. train: {{source: dataset.json, split: train}}"
+            )
         return self._read("train", train), {name: self._read(f"test.{name}", given) for name, given in test.items()}
 
     def _read(self, where: str, given: Mapping[str, Any]) -> CaptionDataset:
@@ -105,7 +107,9 @@ class Crossmodal(Task):
                 raise unknown(f"field of task_args.{where}", key, known)
         root = Path(self.root or "data")
         if not root.is_dir():
-            raise UserError(f"{self.name}: there is no folder {root}; give the one that holds {given['source']} with --data")
+            raise UserError(
+                f"{self.name}: there is no folder {root}; give the one that holds {given['source']} with --data"
+            )
         images = given.get("images")
         return captions.read(
             root / given["source"], root / images if images else None, given.get("split", "all"), given.get("layout")
@@ -246,7 +250,9 @@ class Crossmodal(Task):
         if view == "texts":
             rows = (self.items(f"train:{t}", "text")[1] == 0).nonzero()[:, 0]
             if not len(rows):
-                raise UserError(f"{self.name}: every training caption occurs in the test split; none is left for text alone")
+                raise UserError(
+                    f"{self.name}: every training caption occurs in the test split; none is left for text alone"
+                )
             return TextLoader(rows, tokens, batch_size=recipe.batch_size, shuffle=True, seed=seed)
         kind, _, count = view.partition(":")
         if kind != "train":
@@ -299,7 +305,9 @@ class Crossmodal(Task):
                 seen = [[text.strip() in known for text in own] for own in one.data.captions]
                 own_tags = [{direction, f"{direction}-{'seen' if all(s) else 'unseen'}"} for s in seen]
                 if direction == "T2I":
-                    own_tags = [{direction, f"{direction}-{'seen' if s else 'unseen'}"} for s in chain.from_iterable(seen)]
+                    own_tags = [
+                        {direction, f"{direction}-{'seen' if s else 'unseen'}"} for s in chain.from_iterable(seen)
+                    ]
                 if len(sets) > 1:
                     own_tags = [{*mine, f"{one.name} {direction}"} for mine in own_tags]
                 if one.data.domains:
@@ -344,7 +352,9 @@ class Crossmodal(Task):
         for one in self._sets(split):
             for direction in DIRECTIONS:
                 found = one.relevance.positives[direction]
-                line = f"{one.name} {direction}: {len(found.counts):,} queries, gallery of {found.gallery:,}, chance R@1 "
+                line = (
+                    f"{one.name} {direction}: {len(found.counts):,} queries, gallery of {found.gallery:,}, chance R@1 "
+                )
                 line += f"{100 * one.relevance.chance(direction):.2f} % by string"
                 line += f" ({100 * one.relevance.chance_by_index():.2f} % by index)"
                 if self.class_names:

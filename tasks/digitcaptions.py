@@ -13,7 +13,15 @@ from tasks.crossmodal import Crossmodal
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     *("a photo of the digit {}", "a handwritten {}", "the number {} on paper", "this is a {}", "somebody wrote {}"),
-    *("one sees the digit {}", "a small {}", "the sign for {}", "{} in pencil", "a blurred {}", "digit {}", "a picture of {}"),
+    *(
+        "one sees the digit {}",
+        "a small {}",
+        "the sign for {}",
+        "{} in pencil",
+        "a blurred {}",
+        "digit {}",
+        "a picture of {}",
+    ),
 )
 SEEN, TESTED = TEMPLATES[:10], TEMPLATES[5:]  # of training and of test captions: 5 are shared
 

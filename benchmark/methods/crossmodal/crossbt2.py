@@ -94,7 +94,9 @@ class ChangedTowers(TwoSided):
     def __init__(self, towers: TwoSided, new: int, old: int, extra: int, energy: float):
         super().__init__()
         self.towers = towers
-        self.changes = nn.ModuleDict({s: BasisChange(nn.Identity(), new, old, extra, energy, relu=False) for s in SIDES})
+        self.changes = nn.ModuleDict(
+            {s: BasisChange(nn.Identity(), new, old, extra, energy, relu=False) for s in SIDES}
+        )
 
     @property
     def logit_scale(self) -> Tensor:  # type: ignore[override]

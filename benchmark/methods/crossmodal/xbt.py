@@ -141,4 +141,3 @@ class XBT(Method):
 
     def released(self) -> Encoder:
         return Encoder(self.network, self.context.old_dim or self.width)
-
