@@ -80,7 +80,7 @@ def margin_cosine(cosine: Tensor, spec: HeadSpec) -> Tensor:
 class PairHead(Objective):
     """CLIP's symmetric loss of images and their captions; the temperature is the network's own, at least 0.01."""
 
-    def terms(self, network: nn.Module, batch: Any) -> dict[str, Tensor]:
+    def terms(self, network: Any, batch: Any) -> dict[str, Tensor]:
         z = network(batch.x)
         scale = network.logit_scale.exp().clamp(max=100)
         return {"contrastive": contrastive(z["image"], z["text"], scale, batch.x["caption"])}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.embeddings import Embeddings, Link, Prefix, View
-from benchmark.heads import Head, Objective
+from benchmark.heads import Head
 from benchmark.images import Batch
 from benchmark.protocol import Recipe, Release, derive_seed
 from benchmark.towers import TwoSided
@@ -49,7 +49,9 @@ class Encoder(nn.Module):
     That `train()` cannot wake it makes a classic bug impossible: Lightning's `train()` moving the old model's batch norm.
     """
 
-    def __init__(self, network: nn.Module, dim: int, head: Objective | None = None):
+    network: Any  # a module; `TwoSided` in tasks of images and texts
+
+    def __init__(self, network: nn.Module, dim: int, head: Head | None = None):
         super().__init__()
         self.network, self.dim, self.head = network, dim, head
         self.images_seen = 0  # forwards, billed as teacher forwards when another release is trained
@@ -76,7 +78,7 @@ class Context:
     release: Release
     classes: int  # K: labels are 0 .. K - 1
     similarity: str
-    backbone: Callable[[int], nn.Module]  # by width: methods with extra dims widen it
+    backbone: Callable[[int], Any]  # a module by width: methods with extra dims widen it
     head: Callable[[int], Any]  # an `Objective`: a `Head` in image tasks, a `PairHead` in two-sided ones
     prototype_head: Callable[[Tensor], Head]  # the task's head on fixed prototypes (K, D)
     old_dim: int | None = None  # stored by the release before; None at release 0

@@ -55,9 +55,9 @@ class TwoSided(nn.Module):
 class OpenClip(TwoSided):
     """A model of open_clip as it is."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     @property
     def logit_scale(self) -> Tensor:  # type: ignore[override]
@@ -199,7 +199,7 @@ class Spec:
     @cached_property
     def preprocess(self) -> Preprocess:
         if not self.name:
-            given = {key: tuple(self.args[key]) for key in ("mean", "std") if key in self.args}
+            given: dict[str, Any] = {key: tuple(self.args[key]) for key in ("mean", "std") if key in self.args}
             return Preprocess(int(self.args["config"]["vision_cfg"].get("image_size", 224)), **given)
         cfg = self._model[1]
         size = cfg.get("size", 224)

@@ -323,14 +323,15 @@ class Crossmodal(Task):
         row, at, found = {text: i for i, text in enumerate(self.texts(split))}, 0, []
         for one in self._sets(split):
             place = torch.tensor([row[text] for text in one.relevance.texts])[one.relevance.text]
-            of = {"image": slice(at, at + len(one.data)), "text": place}
+            of: dict[str, Any] = {"image": slice(at, at + len(one.data)), "text": place}
             query_side, gallery_side = crossmodal.SIDES[direction]
             query, stored = queries[of[query_side]], gallery[of[gallery_side]]
             options: dict[str, Any] = {"similarity": self.protocol.similarity, "device": self.device}
             found.append(crossmodal.rank_pairs(query, stored, one.relevance.positives[direction], **options))
             at += len(one.data)
-        joined = (torch.cat([getattr(r, name) for r in found]) for name in ("ap", "first", "positives", "optimistic"))
-        return crossmodal.PairRanking(*joined, gallery=sum(r.gallery for r in found))
+        names = ("ap", "first", "positives", "optimistic")
+        joined: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in found]) for name in names}
+        return crossmodal.PairRanking(**joined, gallery=sum(r.gallery for r in found))
 
     def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2T") -> Scores:
         found = self.rank(queries, gallery, split, direction)

@@ -59,4 +59,4 @@ class DigitCaptions(Crossmodal):
         return Image.fromarray((self.digits[source] * 255 / 16).astype("uint8")).convert("RGB")
 
     def _content(self, part: CaptionDataset) -> str:
-        return digest([self.digits[i].tolist() for i in part.image_paths])  # type: ignore[call-overload]
+        return digest([self.digits[i].tolist() for i in part.image_paths])

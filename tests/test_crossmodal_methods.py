@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ def stages(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fills_all_cells_in_both_directions(name: str, root: Path) -> None:
-    made, store, task = run(name, root, **stages(name))
+    made, store, _ = run(name, root, **stages(name))
     for at, node in made.cells.items():
         assert node is not None, f"cell {at} is undefined"
         scores = store.read_json(node, "scores.json")

@@ -63,7 +63,7 @@ class Projection(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x) if self.linear is not None else 0
+        y = self.linear(x) if self.linear is not None else torch.zeros((), device=x.device)
         if self.inner is not None and self.outer is not None:
             y = y + self.outer(F.gelu(self.inner(F.layer_norm(x, x.shape[-1:]))))
         return y
@@ -74,7 +74,7 @@ def unit(context: Context, name: str, release: int, side: str) -> Tensor:
     return F.normalize(context.embeddings[name].views[release, side])
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
+def add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
     """Freeze an open_clip model and put LoRA on its attention (q, k, v, out) and MLP layers, in place, through peft.
 
     The target is the whole `attn` module: open_clip's blocks compute attention from out_proj.weight without calling that

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from benchmark.heads import contrastive
@@ -53,8 +54,10 @@ class CrossBCT(Widened):
         old_text = self.old["text"][captions.cpu()].to(self.device)
         old_image = self.old["image"][batch.index.cpu()].to(self.device)
         old_scale = self.context.encoders["old"].network.logit_scale.exp().clamp(max=100)
-        influence = [
-            contrastive(new[:, : self.shared], old[:, : self.shared], old_scale, captions)
-            for new, old in ((u, old_text), (v, old_image))
-        ]
-        return {"contrastive": contrastive(u, v, scale, captions), "influence": self.weight * sum(influence) / 2}
+        influence = torch.stack(
+            [
+                contrastive(new[:, : self.shared], old[:, : self.shared], old_scale, captions)
+                for new, old in ((u, old_text), (v, old_image))
+            ]
+        ).mean()
+        return {"contrastive": contrastive(u, v, scale, captions), "influence": self.weight * influence}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,15 +74,15 @@ class CrossBT2(Widened):
         )
         other = {"image": "text", "text": "image"}
         influence = [contrastive(b[s], old[other[s]][:, : self.shared], old_scale, captions) for s in SIDES]
-        far = {
-            name: sum(1 - F.cosine_similarity(teacher[s], student[s]).mean() for s in SIDES) / 2
-            for name, teacher, student in (("new", oracle, f), ("old", old, b))
-        }
+        far_new, far_old = (
+            torch.stack([1 - F.cosine_similarity(teacher[s], student[s]).mean() for s in SIDES]).mean()
+            for teacher, student in ((oracle, f), (old, b))
+        )
         return {
             "contrastive": contrastive(f["image"], f["text"], scale, captions),
-            "match_new": self.match_new * far["new"],
-            "influence": self.influence * sum(influence) / 2,
-            "match_old": self.match_old * far["old"],
+            "match_new": self.match_new * far_new,
+            "influence": self.influence * torch.stack(influence).mean(),
+            "match_old": self.match_old * far_old,
         }
 
     def released(self) -> Encoder:

@@ -57,7 +57,7 @@ class XBT(Method):
         target: Literal["stage1", "old", "oracle"] = "stage1",
         pairs: int = 0,
         rank: int = 8,
-        alpha: float = 16.0,
+        alpha: int = 16,
         text_weight: float = 1.0,
         pair_weight: float = 1.0,
         phi_rate: float = 0.1,
@@ -136,7 +136,7 @@ class XBT(Method):
 
     def parameter_groups(self) -> list[dict]:
         lora = [p for p in self.backbone.parameters() if p.requires_grad]
-        groups = [{"params": lora}, {"params": [*self.phi.parameters()], "lr_scale": self.phi_rate}]
+        groups: list[dict] = [{"params": lora}, {"params": [*self.phi.parameters()], "lr_scale": self.phi_rate}]
         return [group for group in groups if group["params"] and group.get("lr_scale", 1)]
 
     def released(self) -> Encoder:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark import adapters
+from benchmark.adapters.maps import Procrustes
 from benchmark.heads import contrastive
 from benchmark.images import Batch
 from benchmark.method import ORACLE, Context, Encoder, Method, Need
@@ -69,7 +69,8 @@ class XBTText(Method):
             self.new = unit(context, "new_texts", context.t, "text")
             self.old = unit(context, "old_texts", context.t - 1, "text")
             clean = context.embeddings["new_texts"].labels == 0
-            self.phi.start(adapters.fit("Procrustes", self.new[clean], self.old[clean]).weight)
+            start = Procrustes.fit(self.new[clean], self.old[clean])
+            self.phi.start(start.weight)
 
     @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
