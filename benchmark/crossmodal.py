@@ -12,6 +12,7 @@ repeat captions, and a hit on an equal string is no miss.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -55,16 +56,20 @@ class Positives:
 class Relevance:
     """What fits what among N images and all M captions of theirs, in the images' order."""
 
-    texts: list[str]  # the distinct strings, in order of their first appearance
+    texts: list[str]  # the distinct strings, in order of their first appearance; by index: all
     text: Tensor  # (M,) the string of each caption
     image: Tensor  # (M,) the image that each caption was written for
     positives: Mapping[str, Positives]  # direction -> ...
 
     @classmethod
-    def of(cls, captions: Sequence[Sequence[str]]) -> Relevance:
-        """From the captions of each image. Strings are equal if they are after surrounding white space is cut off."""
-        number: dict[str, int] = {}
-        text = [[number.setdefault(c.strip(), len(number)) for c in own] for own in captions]
+    def of(cls, captions: Sequence[Sequence[str]], by_string: bool = True) -> Relevance:
+        """From the captions of each image. Strings are equal if they are after surrounding white space is cut off.
+
+        Without `by_string` every caption counts as a string of its own, which fits its own image alone.
+        """
+        number: dict[tuple[str, int], int] = {}
+        mark = itertools.repeat(0) if by_string else itertools.count()
+        text = [[number.setdefault((c.strip(), next(mark)), len(number)) for c in own] for own in captions]
         flat = list(chain.from_iterable(text))
         places: list[list[int]] = [[] for _ in number]  # captions by string
         for at, string in enumerate(flat):
@@ -79,7 +84,7 @@ class Relevance:
             "I2T": Positives.of(fitting, len(flat)),
             "T2I": Positives.of([holders[string] for string in flat], len(text)),
         }
-        return cls(list(number), torch.tensor(flat), owner, positives)
+        return cls([string for string, _ in number], torch.tensor(flat), owner, positives)
 
     def chance(self, direction: str, k: int = 1) -> float:
         """Expected R@k in [0, 1] of a random ranking."""

@@ -107,6 +107,12 @@ def test_chance_and_class_oracle_equal_an_enumeration() -> None:
     assert relevance.chance_by_index() == 1 / 4  # of images; captions: mean of (2 + 1 + 3 + 2) / 4 of 8
 
 
+def test_by_index_a_caption_fits_its_own_image_alone() -> None:
+    relevance = Relevance.of([["a", "b"], ["a"]], by_string=False)
+    assert relevance.texts == ["a", "b", "a"] and relevance.positives["T2I"].items.tolist() == [0, 0, 1]
+    assert relevance.positives["I2T"].items.tolist() == [0, 1, 2]
+
+
 def test_lists_that_do_not_fit_are_refused() -> None:
     relevance = Relevance.of([["a"], ["b"]])
     with pytest.raises(ValueError, match="2 queries and 2 gallery items, got 3 and 2"):

@@ -16,7 +16,9 @@ from benchmark.sides import Side, evaluate, join, load, save
 
 DATA = CaptionDataset(["i", "j"], [Path("i.png"), Path("j.png")], [["one", "both"], ["two", "both "]])
 IMAGES = Side("image", torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["i", "j"], "m1", "p1")
-TEXTS = Side("text", F.normalize(torch.tensor([[0.9, 0.1], [1.0, 0.95], [0.6, 0.4]])), ["one", "both", "two"], "m1", "p1")
+TEXTS = Side(
+    "text", F.normalize(torch.tensor([[0.9, 0.1], [1.0, 0.95], [0.6, 0.4]])), ["one", "both", "two"], "m1", "p1"
+)
 
 
 def stored(root: Path, one: Side, name: str = "", **changes: Any) -> Path:

@@ -88,7 +88,10 @@ def test_a_local_folder_is_read_with_its_own_preprocessing(tmp_path: Path) -> No
     text = {**CONFIG["text_cfg"], "vocab_size": 49408}
     model = open_clip.CLIP(embed_dim=8, vision_cfg=dict(CONFIG["vision_cfg"]), text_cfg=dict(text))
     preprocess = {"size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
-    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": CONFIG["vision_cfg"], "text_cfg": text}, "preprocess_cfg": preprocess}
+    config = {
+        "model_cfg": {"embed_dim": 8, "vision_cfg": CONFIG["vision_cfg"], "text_cfg": text},
+        "preprocess_cfg": preprocess,
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     spec = Spec.of(f"open_clip/local-dir:{tmp_path}", {}, 8)
@@ -109,7 +112,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "argument": ("open_clip/ViT-B-32", {"pretraind": "openai"}, "unknown argument.*pretrained"),
     "model": ("open_clip/ViT-B-23", {"pretrained": "openai"}, "unknown model of open_clip 'ViT-B-23'.*ViT-B-32"),
     "weights": ("open_clip/ViT-B-32", {"pretrained": "opnai"}, "unknown pretrained weights.*openai"),
-    "quickgelu": ("open_clip/ViT-B-32", {"pretrained": "openai"}, "trained with QuickGELU; take the model ViT-B-32-quickgelu"),
+    "quickgelu": (
+        "open_clip/ViT-B-32",
+        {"pretrained": "openai"},
+        "trained with QuickGELU; take the model ViT-B-32-quickgelu",
+    ),
     "folder": ("open_clip/local-dir:/nowhere", {}, "no open_clip_config.json in /nowhere"),
     "own config": ("open_clip", {"config": {**CONFIG, "vision_cgf": {}}}, "not one of open_clip's"),
 }

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmark.errors import UserError
 from benchmark.heads import contrastive
 from benchmark.images import Batch
 from benchmark.method import Context, Need, Widened
@@ -46,6 +47,9 @@ class CrossBCT(Widened):
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
         needs = {f"old_{side}": Need("embeddings", side=side) for side in SIDES}
         return {"old": Need("encoder"), **needs} if t else {}
+
+    def solve(self) -> None:
+        raise UserError(f"{type(self).__name__} trains its towers, and this protocol's releases are not trained")
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         z, captions = self.backbone(batch.x), batch.x["caption"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmark.errors import UserError
 from benchmark.heads import contrastive
 from benchmark.images import Batch
 from benchmark.method import ORACLE, Context, Encoder, Need, Widened
@@ -62,6 +63,9 @@ class CrossBT2(Widened):
         needs = {f"old_{side}": Need("embeddings", side=side) for side in SIDES}
         needs |= {f"oracle_{side}": Need("embeddings", ORACLE, side=side) for side in SIDES}
         return {"old": Need("encoder"), **needs} if t else {}
+
+    def solve(self) -> None:
+        raise UserError(f"{type(self).__name__} trains its towers, and this protocol's releases are not trained")
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         parts, captions = self.network.parts(batch.x), batch.x["caption"]
