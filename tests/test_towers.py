@@ -141,6 +141,6 @@ def test_a_hub_name_without_network_says_how_to_go_on(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     started = time.monotonic()
-    with pytest.raises(UserError, match="cannot be fetched.*name its folder.*local-dir:/path"):
+    with pytest.raises(UserError, match=r"cannot be fetched.*name its folder.*local-dir:/path"):
         Spec.of("open_clip/hf-hub:nobody/no-such-model", {}, 8).build([])
     assert time.monotonic() - started < 30
