@@ -192,7 +192,8 @@ def command_run(args: Namespace) -> None:
     protocol = protocols.load(args.protocol, args.override)
     names = [name for item in args.method for name in item.split(",")]
     if "all" in names:
-        names = list(catalog.entries("method"))
+        two_sided = protocol.task in ("Crossmodal", "DigitCaptions")
+        names = ["Independent", *catalog.entries("two-sided method")] if two_sided else list(catalog.entries("method"))
     run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
 
 
@@ -216,9 +217,10 @@ def run_protocol(
 ) -> list[Record]:
     """Plan, compute, assemble, log: the body of `run` and `demo`."""
     given = settings(args.set)
+    known = catalog.names("method") + catalog.names("two-sided method")
     for name in names:  # a typo dies before the slow imports
-        if "." not in name and name.lower() not in [known.lower() for known in catalog.names("method")]:
-            raise unknown("method", name, catalog.names("method"))
+        if "." not in name and name.lower() not in [one.lower() for one in known]:
+            raise unknown("method", name, known)
     with console.status("loading torch and lightning"):
         from benchmark import console as progress
         from benchmark import plots, results, tracking
@@ -233,6 +235,8 @@ def run_protocol(
     store = Store(args.runs)
     with console.status(f"reading the data of {protocol.task}"):
         task = open_task(protocol, args.data, args.device or default_device())
+    for line in task.facts():
+        console.print(line, highlight=False, soft_wrap=True)
     plans = [
         build(protocol, method, seed, task.fingerprint, args.mode, args.split) for seed in seeds for method in methods
     ]
@@ -389,7 +393,7 @@ def command_list(args: Namespace) -> None:
     console = get_console()  # the one that progress bars elsewhere nest under
     if args.what in ("methods", "all"):
         table = Table("method", "what it is", "variants")
-        for entry in catalog.entries("method").values():
+        for entry in [*catalog.entries("method").values(), *catalog.entries("two-sided method").values()]:
             variants = "\n".join(f"{name}: {_settings_text(values)}" for name, values in entry.variants.items())
             table.add_row(entry.name, entry.summary, variants)
         console.print(table)
@@ -418,7 +422,7 @@ def _verbose(console: Any) -> None:
 
     table = Table("method", "hyperparameter", "default", "tuning space", "meaning")
     with console.status("loading torch and lightning"):
-        for name in catalog.entries("method"):
+        for name in [*catalog.entries("method"), *catalog.entries("two-sided method")]:
             cls, defaults = catalog.method(name)
             meanings = catalog.argument_docs(cls)
             for key, value in defaults.items():

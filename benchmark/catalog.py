@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from benchmark.errors import UserError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"method": ROOT / "benchmark" / "methods", "task": ROOT / "tasks"}
+METHODS = ROOT / "benchmark" / "methods"
+FOLDERS = {"method": METHODS, "two-sided method": METHODS / "crossmodal", "task": ROOT / "tasks"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Entry:
 
 @functools.cache
 def entries(kind: str) -> dict[str, Entry]:
-    """Everything of a kind ("method", "task") by name; the class of a file is the one named like the file."""
+    """Everything of a kind ("method", "two-sided method", "task") by name; the class of a file is the one named like the file."""
     found = {}
     for path in sorted(FOLDERS[kind].glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -63,12 +64,13 @@ def names(kind: str) -> list[str]:
 
 def load(kind: str, name: str) -> Any:
     """The class of a method or task, by its name or, from outside, as `package.module.Class`."""
-    owner = next((e for e in entries(kind).values() if name == e.name or name in e.variants), None)
+    found = [*entries(kind).values(), *(entries("two-sided method").values() if kind == "method" else ())]
+    owner = next((e for e in found if name == e.name or name in e.variants), None)
     if owner is None:  # any spelling of the name, as in the file's
-        owner = next((e for e in entries(kind).values() if name.lower() == e.name.lower()), None)
+        owner = next((e for e in found if name.lower() == e.name.lower()), None)
     module, _, attribute = (owner.module, "", owner.name) if owner else name.rpartition(".")
     if not module:
-        raise unknown(kind, name, names(kind))
+        raise unknown(kind, name, names(kind) + (names("two-sided method") if kind == "method" else []))
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -121,7 +123,7 @@ def _code(path: Path) -> list[str]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmark.methods."):
-            parts += _code(FOLDERS["method"] / f"{(node.module or '').rpartition('.')[2]}.py")
+            parts += _code(ROOT / ((node.module or "").replace(".", "/") + ".py"))
     return [ast.unparse(tree), *parts]
 
 

@@ -117,7 +117,9 @@ def work(node: Node, task: Task) -> int:
         return (3 * recipe.epochs + passes * teachers) * task.train_size(node.spec["t"])
     if node.kind == "embed":
         split, _, side = node.spec["items"].partition(":")
-        return task.train_size(int(side)) if split == "train" else len(task.items(split, side)[0])
+        if split == "train":
+            return task.train_size(int(side.partition(":")[0]))
+        return len(task.items(split, side)[0])
     return 0
 
 
@@ -125,10 +127,10 @@ def expected(nodes: Iterable[Node], task: Task, store: Store, left: Sequence[Nod
     """A time from this machine's own finished trainings of the same releases, or where to get one."""
     seconds: dict[int, list[float]] = {}
     for node in nodes:
-        if node.kind == "train" and store.done(node):
+        if node.kind == "train" and store.done(node) and work(node, task):
             rate = store.read_json(node, "timing.json")["seconds"] / work(node, task)
             seconds.setdefault(node.spec["t"], []).append(rate)
-    trainings = [node for node in left if node.kind == "train"]
+    trainings = [node for node in left if node.kind == "train" and work(node, task)]
     if not trainings:
         return "no training left"
     if any(node.spec["t"] not in seconds for node in trainings):

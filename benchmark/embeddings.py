@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 
-View = tuple[int, str]  # (release, "main" | "side" | "text" | ...)
+View = tuple[int, str]  # (release, "main" | "side" | "image" | "text" | ...)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Link(nn.Module):
 
     def query(self, q: Mapping[View, Tensor], stored: Stored) -> Tensor:
         """Query vectors, (N, D), comparable with what `gallery` returns."""
-        return q[self.release, "main"]
+        return main(q, self.release)
 
     def gallery(self, g: Mapping[View, Tensor], stored: Stored) -> Tensor:
         """Gallery vectors, (M, D)."""
-        return g[stored.release, "main"]
+        return main(g, stored.release)
 
     def priority(self, g: Mapping[View, Tensor], stored: Stored) -> Tensor | None:
         """(M,) in which order to re-embed stored items, highest first; None = in any order."""
@@ -103,10 +103,16 @@ class Prefix(Link):
     """
 
     def query(self, q: Mapping[View, Tensor], stored: Stored) -> Tensor:
-        return q[self.release, "main"][:, : stored.dim]  # (N, D_new) -> (N, min(D_new, D_stored))
+        return main(q, self.release)[:, : stored.dim]  # (N, D_new) -> (N, min(D_new, D_stored))
 
     def gallery(self, g: Mapping[View, Tensor], stored: Stored) -> Tensor:
-        return g[stored.release, "main"][:, : self.dim]
+        return main(g, stored.release)[:, : self.dim]
+
+
+def main(views: Mapping[View, Tensor], release: int) -> Tensor:
+    """What `release` stores of the items at hand; a two-sided release stores images or texts, never both in one list."""
+    (name,) = {name for r, name in views if r == release} & {"main", "image", "text"}
+    return views[release, name]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,15 @@ from torch.nn import functional as F
 from benchmark.protocol import HeadSpec
 
 
-class Head(nn.Module):
+class Objective(nn.Module):
+    """What a task trains independent releases by; a method adds its own terms."""
+
+    def terms(self, network: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Named losses of a `Batch`, for the network that is trained."""
+        raise NotImplementedError
+
+
+class Head(Objective):
     """Logits of K classes from embeddings, and the classification loss on them.
 
     Args:
@@ -32,6 +41,9 @@ class Head(nn.Module):
 
     def cosines(self, z: Tensor) -> Tensor:
         return F.normalize(z) @ F.normalize(self.weight).T  # (B, D) -> (B, K)
+
+    def terms(self, network: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"classification": self(network(batch.x["image"]), batch.y)}
 
     def logits(self, z: Tensor) -> Tensor:
         """(B, D) -> (B, K), without margin."""
@@ -65,6 +77,29 @@ def margin_cosine(cosine: Tensor, spec: HeadSpec) -> Tensor:
     return torch.where(
         c > math.cos(math.pi - spec.margin), rotated, cosine - spec.margin * math.sin(math.pi - spec.margin)
     )
+
+
+class PairHead(Objective):
+    """CLIP's symmetric loss of images and their captions; the temperature is the network's own, at least 0.01."""
+
+    def terms(self, network: Any, batch: Any) -> dict[str, Tensor]:
+        z = network(batch.x)
+        scale = network.logit_scale.exp().clamp(max=100)
+        return {"contrastive": contrastive(z["image"], z["text"], scale, batch.x["caption"])}
+
+
+def contrastive(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None) -> Tensor:
+    """Mean of both directions' cross-entropy of scale * cos(a_i, b_j) with target i (Radford et al. 2021, CLIP).
+
+    `ids` (B,) mark what each pair is about: another pair of the same id, as a repeated caption, is no negative.
+    Without repeats it is open_clip's ClipLoss on normalised rows.
+    """
+    logits = scale * F.normalize(a) @ F.normalize(b).T  # (B, D), (B, D) -> (B, B)
+    if ids is not None:
+        same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
+        logits = logits.masked_fill(same, -torch.inf)
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def class_means(embeddings: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

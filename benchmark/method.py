@@ -20,6 +20,7 @@ from benchmark.embeddings import Embeddings, Link, Prefix, View
 from benchmark.heads import Head
 from benchmark.images import Batch, ImageLoader
 from benchmark.protocol import Recipe, Release, derive_seed
+from benchmark.towers import TwoSided
 
 OLD = "old"  # the release before: the method's own in a chain, the independent one in pairwise mode
 ORACLE = "Independent"  # any method's name may stand where `source` does; this one's is the usual
@@ -33,6 +34,7 @@ class Need:
     kind: "encoder" (the frozen model), "means" (its class means over the training images of release t, test transforms),
         "embeddings" (its embeddings of the training images of release t, test transforms, keyed by `Batch.index`).
     source: OLD, or the name of the method that trains it.
+    side: of a two-sided task: embeddings of the training "image"s or of the distinct training captions ("text").
     release: which release of that method; None = release t (for OLD: always t - 1).
     """
 
@@ -40,6 +42,7 @@ class Need:
     source: str = OLD
     release: int | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    side: str | None = None
 
 
 class Encoder(nn.Module):
@@ -47,6 +50,8 @@ class Encoder(nn.Module):
 
     That `train()` cannot wake it makes a classic bug impossible: Lightning's `train()` moving the old model's batch norm.
     """
+
+    network: Any  # a module; `TwoSided` in tasks of images and texts
 
     def __init__(self, network: nn.Module, dim: int, head: Head | None = None):
         super().__init__()
@@ -95,6 +100,9 @@ class Encoder(nn.Module):
         self.images_kept, self.images_seen = self.images_seen - seen, seen
 
     def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if isinstance(self.network, TwoSided):
+            self.images_seen += len(x["image"]) if "image" in x else 0
+            return self.network(x)  # "image", "text" (B, dim), what x holds of the two
         self.images_seen += len(x["image"])
         return {"main": self.network(x["image"])}  # (B, dim)
 
@@ -108,8 +116,8 @@ class Context:
     release: Release
     classes: int  # K: labels are 0 .. K - 1
     similarity: str
-    backbone: Callable[[int], nn.Module]  # by width: methods with extra dims widen it
-    head: Callable[[int], Head]
+    backbone: Callable[[int], Any]  # a module by width: methods with extra dims widen it
+    head: Callable[[int], Any]  # an `Objective`: a `Head` in image tasks, a `PairHead` in two-sided ones
     prototype_head: Callable[[Tensor], Head]  # the task's head on fixed prototypes (K, D)
     old_dim: int | None = None  # stored by the release before; None at release 0
     k: int | None = None  # the release whose items a `Bridge` leads to; for other methods the release before
@@ -132,11 +140,13 @@ class Method(lightning.LightningModule):
         variants: named settings of hyperparameters, run as `--method NAME`.
         space: what the tuning rule may search, hyperparameter -> choices.
         trains_first_release: whether release 0 is already trained by this method (else by independent training).
+        two_sided: it is for tasks of images and texts, not for tasks of images alone.
     """
 
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     space: ClassVar[Mapping[str, tuple]] = {}
     trains_first_release: ClassVar[bool] = False
+    two_sided: ClassVar[bool] = False
     view: ClassVar[str] = "train"
     closed_form: ClassVar[bool] = False  # a `Bridge` that is fitted without Trainer
 
@@ -192,9 +202,12 @@ class Method(lightning.LightningModule):
         """The protocol's recipe; a method that must deviate returns another, and the deviation is recorded."""
         return default
 
+    def solve(self) -> None:
+        """What takes the place of training where the recipe has no epochs: a closed form on `Context.embeddings`."""
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named, weighted terms; their sum is minimised."""
-        return {"classification": self.head(self.backbone(batch.x["image"]), batch.y)}
+        return self.head.terms(self.backbone, batch)
 
     def released(self) -> Encoder:
         return Encoder(self.backbone, self.width, self.head)

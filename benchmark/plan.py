@@ -56,7 +56,7 @@ class MethodRun:
     def of(cls, name: str, given: Mapping[str, Any] | None = None) -> MethodRun:
         method, default = catalog.method(name)
         _, hyperparameters = catalog.method(name, given)
-        shown = name if name in catalog.names("method") else method.__name__
+        shown = name if name in catalog.names("method") + catalog.names("two-sided method") else method.__name__
         return cls(shown, method, hyperparameters, "paper" if hyperparameters == default else "custom")
 
 
@@ -93,9 +93,13 @@ class _Builder:
     def __init__(self, protocol: Protocol, seed: int, fingerprint: str, mode: Mode, split: str):
         self.protocol, self.seed, self.fingerprint, self.mode, self.split = protocol, seed, fingerprint, mode, split
         self.independent = MethodRun.of("Independent")
+        self.sides: tuple[str, ...] = catalog.load("task", protocol.task).sides
         self.made: dict[tuple[str, int], Node] = {}
 
     def plan(self, method: MethodRun) -> Plan:
+        if method.cls.loss is not Method.loss and method.cls.two_sided != bool(self.sides):
+            what = "images and texts" if method.cls.two_sided else "images alone"
+            raise UserError(f"{method.name} is a method for {what}, which {self.protocol.task} is no task of")
         count = len(self.protocol.releases)
         own = tuple(self.release(method, t) for t in range(count))
         bounds = tuple(self.release(self.independent, t) for t in range(count))
@@ -175,7 +179,7 @@ class _Builder:
     def need(self, need: Need, source: Node, t: int) -> Node:
         if need.kind == "encoder":
             return source
-        embedded = self.embed(source, f"train:{t}")
+        embedded = self.embed(source, f"train:{t}" + (f":{need.side}" if need.side else ""))
         if need.kind == "embeddings":
             return embedded
         return Node("means", f"class means of train:{t}, {source.label}", {"t": t}, {"embeddings": embedded})
@@ -196,11 +200,15 @@ class _Builder:
             return self.cell(self.independent, queries, galleries, t, k)
         links = [self.step(method, a, b) for a, b in hops]
         inputs = {"link" if not i else f"link{i}": node for i, node in enumerate(links)}
-        for r, view in cls.query_views(t, k, **settings):
-            inputs[f"query/{r}/{view}"] = self.embed(self.viewed(method, queries, r, view, t), f"{self.split}:query")
-        for r, view in cls.gallery_views(t, k, **settings):
-            source = self.viewed(method, galleries, r, view, t)
-            inputs[f"gallery/{r}/{view}"] = self.embed(source, f"{self.split}:gallery")
+        read = {
+            "query": (queries, cls.query_views(t, k, **settings)),
+            "gallery": (galleries, cls.gallery_views(t, k, **settings)),
+        }
+        for end, (releases, views) in read.items():
+            for r, view in views:
+                encoder = self.viewed(method, releases, r, view, t)
+                for side in self.sides or (end,):  # two-sided items are on both ends, one direction each
+                    inputs[f"{end}/{r}/{side if self.sides else view}"] = self.embed(encoder, f"{self.split}:{side}")
         spec = {"t": t, "k": k, "split": self.split, "similarity": self.protocol.similarity, "stored": stored}
         return Node("score", f"score queries of {queries[t].label}, gallery of {galleries[k].label}", spec, inputs)
 

@@ -37,7 +37,6 @@ from benchmark.record import (
 from benchmark.store import Store
 from benchmark.task import Task
 
-METRICS = ("cmc@1", "cmc@5", "map")
 ROOT = Path(__file__).resolve().parent.parent
 Cells = Mapping[tuple[int, int], Node | None]
 
@@ -95,7 +94,9 @@ def matrices_of(cells: Cells, store: Store) -> dict[str, dict[str, Matrix]]:
             ]
             for stratum in strata
         }
-        for metric in METRICS
+        for metric in sorted(
+            (name for name in strata["all"] if name not in ("queries", "dropped")), key=lambda m: (m[:3], len(m), m)
+        )
     }
 
 
@@ -103,7 +104,7 @@ def per_query(cells: Cells, store: Store, task: Task, split: str) -> dict[str, n
     """What `outputs` keeps: per-query values of every cell, labels and strata of the queries."""
     labels = task.items(split, "query")[1]
     arrays = {"labels": labels.int().numpy()}
-    arrays |= {f"mask/{name}": mask.numpy().astype(np.uint8) for name, mask in task.strata(labels).items()}
+    arrays |= {f"mask/{name}": mask.numpy().astype(np.uint8) for name, mask in task.query_strata(split).items()}
     for (t, k), node in cells.items():
         if node is not None:
             for name, tensor in store.read_tensors(node, "per_query.safetensors").items():
@@ -157,7 +158,7 @@ def summarise(plan: Plan, own: outputs.Outputs, bound: outputs.Outputs, matrices
     masks = outputs.strata(own)
     seed = derive_seed(plan.seed, "bootstrap")
     result: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in matrices:
         result[metric] = {}
         for stratum, mask in masks.items():
             C, independent = (np.array(m[metric][stratum], dtype=float) for m in (matrices, bounds))

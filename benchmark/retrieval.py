@@ -251,7 +251,9 @@ class Cell:
 
         # On the CPU, threads of ours share a chunk in slices too small for torch to start its own, each operation of
         # which waits a time slice (8 ms) where another process keeps a core busy.
-        few = max(1, 2**15 // max(1, int(self.positives.max()))) if self.device.type == "cpu" else size
+        few = size
+        if self.device.type == "cpu":
+            few = max(1, min(2**15 // max(1, int(self.positives.max())), -(-size // torch.get_num_threads())))
         results: list[T] = []
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for rows in order.split(size):
@@ -263,7 +265,7 @@ class Cell:
     def _candidates(self, rows: Tensor, scores: Tensor) -> Tensor:
         """Columns (B, P) of the positives of the queries `rows`; hides in their scores what is no candidate."""
         reach = torch.arange(max(1, int(self.positives[rows].max())))
-        columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=self.ng - 1)]
+        columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=len(self.by_label) - 1)]
         columns[reach >= self.positives[rows, None]] = self.ng
         scores[:, self.ng :] = -torch.inf
         scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)

@@ -153,16 +153,23 @@ def _frozen(node: Node, task: Task, store: Store, report: training.Report) -> No
 
 def _embed(node: Node, task: Task, store: Store, report: training.Report) -> None:
     encoder, _ = training.load_released(node.inputs["encoder"], task, store)
-    loader, ids, labels = _items(task, node.spec["items"])
+    loader, ids, labels = _items(task, node.spec["items"], node.inputs["encoder"].spec["t"])
     embedded = embed(encoder, loader, report)
     t = node.inputs["encoder"].spec["t"]
     views: dict[View, Tensor] = {(t, name): matrix for name, matrix in embedded.items()}
-    Embeddings(ids, views, labels).check(node.label).save(store.folder(node) / "embeddings.safetensors")
+    meta = task.origin(t, store.folder(node.inputs["encoder"]) / "encoder.safetensors")
+    Embeddings(ids, views, labels, meta).check(node.label).save(store.folder(node) / "embeddings.safetensors")
 
 
-def _items(task: Task, items: str) -> tuple[Iterable[Batch], Tensor, Tensor]:
-    """Loader, ids and labels of "train:<release>" or "<split>:<side>"."""
+def _items(task: Task, items: str, t: int) -> tuple[Iterable[Batch], Tensor, Tensor]:
+    """Loader, ids and labels of "train:<release>", "<split>:<side>", of a two-sided task also "train:<release>:<side>".
+
+    Two-sided tasks prepare images and texts as release `t`, which embeds them, wants them.
+    """
     split, _, side = items.partition(":")
+    if task.sides:
+        ids, labels = task.items(items.rpartition(":")[0], items.rpartition(":")[2])
+        return task.side_loader(items.rpartition(":")[0], items.rpartition(":")[2], t), ids, labels
     if split != "train":
         ids, labels = task.items(split, side)
         return task.item_loader(split, side), ids, labels
@@ -205,11 +212,22 @@ def _means(node: Node, task: Task, store: Store, report: training.Report) -> Non
 def _score(node: Node, task: Task, store: Store, report: training.Report) -> None:
     link, sides = training.served(node, task, store)
     stored = Stored(node.spec["k"], node.spec["stored"])
+    pairs = {}
     with torch.inference_mode():
-        queries, gallery = link.query(sides["query"], stored), link.gallery(sides["gallery"], stored)
-    scores = task.score(queries, gallery, node.spec["split"])
+        for direction in task.directions:
+            query, gallery = (
+                {view: z for view, z in sides[side].items() if fits(view, side, direction)} for side in sides
+            )
+            pairs[direction] = link.query(query, stored), link.gallery(gallery, stored)
+    scores = task.score_all(pairs, node.spec["split"])
     store.write_json(node, "scores.json", scores.metrics)
     store.write_tensors(node, "per_query.safetensors", scores.per_query)
+
+
+def fits(view: View, side: str, direction: str) -> bool:
+    """Whether `view` is read on the "query" or "gallery" side of a direction: of "I2T" images, then texts."""
+    modality = {"I": "image", "T": "text"}[direction[0 if side == "query" else 2]]
+    return direction == "I2I" or view[1] == modality
 
 
 _KINDS: dict[str, Callable[[Node, Task, Store, training.Report], float | None]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmark import backbones
 from benchmark.errors import UserError
-from benchmark.heads import Head
+from benchmark.heads import Head, Objective
 from benchmark.images import Batch, ImageLoader
 from benchmark.protocol import Protocol, digest
 from benchmark.retrieval import Block, Cell
@@ -33,7 +33,8 @@ class Task(ABC):
     """Data of one protocol. Construction reads and checks everything, before any training."""
 
     name: str
-    directions: tuple[str, ...] = ("I2I",)
+    directions: tuple[str, ...] = ("I2I",)  # of images and texts: ("I2T", "T2I")
+    sides: tuple[str, ...] = ()  # of images and texts: ("image", "text"), each an item list of its own
 
     def __init__(self, protocol: Protocol, root: Path | None = None, device: str = "cpu"):
         self.protocol, self.root, self.device = protocol, root, device
@@ -81,6 +82,30 @@ class Task(ABC):
     def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2I") -> Scores:
         """Judge (N, D) query vectors against (M, D) gallery vectors of `split`."""
 
+    def score_all(self, pairs: Mapping[str, tuple[Tensor, Tensor]], split: str) -> Scores:
+        """Judge the (queries, gallery) of every direction."""
+        return self.score(*pairs["I2I"], split)
+
+    def query_strata(self, split: str) -> dict[str, Tensor]:
+        """Masks over the queries of `split`, all directions' one after the other."""
+        return self.strata(self.items(split, "query")[1])
+
+    def sample(self, t: int) -> Mapping[str, Tensor]:
+        """One item as release `t` reads it, (1, ...) each."""
+        return {name: value[:1] for name, value in next(iter(self.item_loader("test", "query"))).x.items()}
+
+    def side_loader(self, items: str, side: str, t: int) -> Iterable[Batch]:
+        """Two-sided tasks: the "image"s or distinct "text"s of "test", "validation" or "train:<release>", for release `t`."""
+        raise NotImplementedError
+
+    def facts(self, split: str = "test") -> list[str]:
+        """Lines to print before a run: what a number on this data must be held against."""
+        return []
+
+    def origin(self, t: int, weights: Path) -> dict[str, Tensor]:
+        """What is stored with embeddings of release `t` besides ids."""
+        return {}
+
     def classes(self, t: int) -> int:
         """How many classes release `t` is trained on: labels 0 .. classes - 1."""
         return self.protocol.class_count(t, self.class_total())
@@ -89,7 +114,7 @@ class Task(ABC):
         release = self.protocol.releases[t]
         return backbones.build(release.backbone, dim, **release.backbone_args)
 
-    def head(self, t: int, dim: int) -> Head:
+    def head(self, t: int, dim: int) -> Objective:
         weight = torch.randn(self.classes(t), dim) / dim**0.5
         return Head(weight, self.protocol.head, self.protocol.releases[t].recipe.label_smoothing)
 

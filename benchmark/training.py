@@ -103,8 +103,12 @@ def served(node: Node, task: Task, store: Store) -> tuple[Link, dict[str, dict[V
     for name, source in node.inputs.items():
         if not name.startswith("link"):
             side, release, view = name.split("/")
-            matrix = store.embeddings(source).main(source.inputs["encoder"].spec["t"])
-            sides[side][int(release), view] = matrix.to(task.device)
+            encoder, views = source.inputs["encoder"].spec["t"], store.embeddings(source).views
+            kept = views.get(
+                (encoder, view), views.get((encoder, "main"))
+            )  # side information is the main view of its encoder
+            assert kept is not None
+            sides[side][int(release), view] = kept.to(task.device)
     links = [source for name, source in node.inputs.items() if name.startswith("link")]
     return load_link(links, task, store), sides
 
@@ -168,7 +172,10 @@ def train(node: Node, task: Task, store: Store, report: Report) -> float:
         for encoder in encoders.values():
             encoder.keep(batches)
     try:
-        trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+        if recipe.epochs:
+            trainer.fit(method, batches, ckpt_path=resume, weights_only=True)
+        else:
+            method.solve()
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     if any(_fingerprint(encoders[name]) != value for name, value in before.items()):
@@ -269,7 +276,7 @@ def size(node: Node, task: Task) -> Size:
         method = build(node, Context(**bare_context(node.spec, task)))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)  # before `released` freezes them
     encoder = method.released().float()
-    x = {name: value[:1].cpu() for name, value in next(iter(task.item_loader("test", "query"))).x.items()}
+    x = {name: value.cpu() for name, value in task.sample(node.spec["t"]).items()}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer hides its products from the counter
     try:
