@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmark import plots, protocol
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
-from leaderboards import pages, reproduction, tables
+from leaderboards import backfills, pages, reproduction, tables
 
 README = protocol.LEADERBOARDS.parent / "README.md"
 SHOWN = "cifar100-lite@1"  # in the README
@@ -40,7 +40,9 @@ def main() -> int:
             records = [one for row in found for one in row.records]
             metric = protocol.load(folder).primary_metric
             plots.save(plots.matrices_figure(records, metric), folder / "matrices.png")
-            print(f"{folder.name}: README.md, table.csv, matrices.png")
+            if filled := backfills.read(folder):
+                plots.save(plots.backfill_figure(filled, metric), folder / "backfill.png")
+            print(f"{folder.name}: README.md, table.csv, pictures")
         write_bytes(reproduction.PAGE, reproduction.render(reproduction.load()).encode())
         print(reproduction.PAGE.name)
     except UserError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmark import budgets, protocol, record
 from benchmark.record import Cost
 from benchmark.statistics import Interval
-from leaderboards import tables
+from leaderboards import backfills, tables
 from leaderboards.tables import Line, Row
 
 LEGEND = """\
@@ -141,6 +141,9 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
     for other in metrics[1:]:
         text += [f"## {other}, all queries", accuracy(by_stratum["all"][other])]
     text += ["## Cost", COST, cost(found)]
+    if filled := backfills.read(folder):
+        text += ["## While the gallery is being re-embedded", "![backfill curves](backfill.png)"]
+        text += [backfills.markdown(filled, metric)]
     if (file := folder / "pairs.json").is_file():
         text += [PAIRS_TITLE, PAIRS, budgets.markdown(budgets.load(file))]
     text += [MADE]
