@@ -171,7 +171,8 @@ class Safetensors(Raw):
 
     @property
     def columns(self) -> list[str]:
-        return [name for name, entry in self.header.items() if name != self.name and entry["shape"] == [len(self)]]
+        known = (self.name, "ids")
+        return [name for name, entry in self.header.items() if name not in known and entry["shape"] == [len(self)]]
 
     def _column(self, name: str) -> NDArray:
         entry = self.header[name]
@@ -181,7 +182,7 @@ class Safetensors(Raw):
     def _ids(self) -> NDArray | None:
         if "ids" not in self.header:
             return None
-        if "ids" not in self.columns or self.header["ids"]["dtype"][0] not in "IU":
+        if self.header["ids"]["shape"] != [len(self)] or self.header["ids"]["dtype"][0] not in "IU":
             raise UserError(f"{self}: 'ids' must be {len(self)} integers, one a row")
         return self._column("ids").astype(np.int64)
 
