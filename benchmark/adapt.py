@@ -1,0 +1,284 @@
+"""Adapters from embedding files alone: fitted to paired files, chosen on held-out pairs, applied to files of any size.
+
+Query side: new -> old, for new queries against the untouched gallery. Gallery side: old -> new, for stored vectors, which
+then meet plain new queries. Where the score is a cosine (the default), vectors are put to unit length before the map and
+after it. Files are read in chunks (`benchmark.vectors`); what is held in memory is a chunk, the sums of closed forms, and
+the held-out pairs, besides up to IN_MEMORY pairs for maps without a closed form.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmark import adapters
+from benchmark.adapters import Adapter, Moments
+from benchmark.errors import UserError, unknown
+from benchmark.files import sha256_file
+from benchmark.vectors import CHUNK, Array, Parquet, Vectors, align, open_vectors
+from benchmark.writer import Writer
+
+Side = Literal["query", "gallery"]
+Similarity = Literal["cosine", "l2"]
+Progress = Callable[[int, int], None]  # rows done, of how many
+
+HELD_OUT = 0.2  # share of the pairs that is held out, at most HELD_OUT_MOST pairs
+HELD_OUT_MOST = 5_000
+IN_MEMORY = 100_000  # pairs for maps that are not fitted to sums
+K = 10
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An adapter and what it does to held-out pairs."""
+
+    adapter: Adapter
+    notes: dict[str, str]
+    fidelity: float  # mean cosine of mapped and true vector
+    overlap: float  # overlap@10 with the target space's own ranking, in [0, 1]
+    seconds: float  # of the fit, without reading the files
+
+    @property
+    def name(self) -> str:
+        return type(self.adapter).__name__
+
+
+@dataclass(frozen=True)
+class Map:
+    """An adapter as it serves: with the side it was fitted for and the similarity that says what is normalised."""
+
+    adapter: Adapter
+    side: Side
+    similarity: Similarity
+    key: str  # sha256 of its file
+
+    @classmethod
+    def load(cls, path: Path) -> Map:
+        adapter, notes = adapters.load(path)
+        side, similarity = notes.get("side"), notes.get("similarity")
+        if side not in ("query", "gallery") or similarity not in ("cosine", "l2"):
+            raise UserError(f"{path}: does not say side and similarity; fit it with `compatbench adapt`")
+        return cls(adapter, side, similarity, sha256_file(path))  # type: ignore[arg-type]
+
+    def __call__(self, vectors: Array, name: str = "the input", first: int = 0) -> Array:
+        """(n, d_s) -> (n, d_t); `name` and the row number `first` of vectors[0] are for error lines."""
+        if vectors.shape[1] != self.adapter.source_dim:
+            swapped = vectors.shape[1] == self.adapter.target_dim
+            raise UserError(
+                f"{name} has {vectors.shape[1]} dims, the adapter maps {self.adapter.source_dim} to {self.adapter.target_dim}: "
+                f"give embeddings of the {'new' if self.side == 'query' else 'old'} model"
+                + (", not those of the other" if swapped else "")
+            )
+        return served(self.adapter, vectors, self.similarity, name, first)
+
+
+def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str = "the input", first: int = 0) -> Array:
+    if similarity == "cosine":
+        vectors = unit(vectors, name, first)
+    with torch.inference_mode():
+        mapped = adapter(torch.from_numpy(vectors)).numpy()
+    return unit(mapped, f"{name}, adapted", first) if similarity == "cosine" else mapped
+
+
+def unit(vectors: Array, name: str, first: int = 0) -> Array:
+    """Rows divided by their lengths; refuses zero vectors."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not lengths.all():
+        row = first + int((lengths[:, 0] == 0).argmax())
+        raise UserError(f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again")
+    return vectors / lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------- fit
+
+
+def fit(
+    old: Path,
+    new: Path,
+    methods: Sequence[str],
+    *,
+    side: Side = "query",
+    similarity: Similarity = "cosine",
+    pairs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> tuple[list[Fit], str]:
+    """Every method fitted to the same pairs, best first: by overlap@10 on the held-out pairs, then by fidelity.
+
+    Args:
+        old, new: files of the same items embedded by both models; by id where both have ids, else row by row.
+        methods: names of `benchmark.adapters.KINDS`.
+        pairs: a random choice of so many; None = all.
+        settings: hyperparameters; of one method only.
+
+    Returns:
+        The fits, and in a sentence how the files were put together.
+
+    Raises:
+        UserError: one line: files that do not fit, an unknown method, too few pairs, NaN, zero vectors, constant columns.
+    """
+    for name in methods:
+        if name not in adapters.KINDS:
+            raise unknown("method", name, adapters.KINDS)
+    if settings and len(methods) > 1:
+        raise UserError("--set belongs to one method; name one")
+    data = _Pairs(*((new, old) if side == "query" else (old, new)), similarity, pairs, seed)
+    moments, memory, held = data.read(any(not adapters.KINDS[name].streams for name in methods), progress)
+    fits = []
+    for name in methods:
+        start = time.perf_counter()
+        source = (moments,) if adapters.KINDS[name].streams else memory
+        try:
+            adapter = adapters.fit(name, *source, seed=seed, **(settings or {}))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        seconds = time.perf_counter() - start
+        fidelity, overlap = judge(adapter, *held, side, similarity)
+        notes = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count, "held out": len(held[0])}
+        notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{overlap:.4f}"}
+        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, overlap, seconds))
+    return sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), data.note
+
+
+class _Pairs:
+    """Two files of the same items as chunks of (source, target), a random part of them held out."""
+
+    def __init__(self, source: Path, target: Path, similarity: Similarity, pairs: int | None, seed: int):
+        self.source, self.target, self.similarity = open_vectors(source), open_vectors(target), similarity
+        self.source_rows, self.target_rows, self.note = align(self.source, self.target)
+        total = len(self.source) if self.source_rows is None else len(self.source_rows)
+        if pairs is not None and not 10 <= pairs <= total:
+            raise UserError(f"--pairs {pairs}: the files hold {total} pairs, and less than 10 fit nothing")
+        if total < 10:
+            raise UserError(f"{source} and {target} hold {total} pairs; even the plainest map and its test need 10")
+        order = np.random.default_rng(seed).permutation(total)[:pairs]
+        self.count, held = len(order), min(HELD_OUT_MOST, round(HELD_OUT * len(order)))
+        self.kind = np.zeros(total, np.int8)  # 0 left out, 1 held out, 2 fitted to, 3 fitted to and fit for memory
+        self.kind[order[:held]] = 1
+        self.kind[order[held:]] = 2
+        self.kind[order[held : held + IN_MEMORY]] = 3
+
+    def read(self, memory: bool, progress: Progress) -> tuple[Moments, tuple[Tensor, Tensor], tuple[Array, Array]]:
+        """Sums over the pairs to fit to; if asked for, those pairs; the held-out ones. One pass through both files."""
+        moments, at = Moments(self.source.dim, self.target.dim), 0
+        kept: list[tuple[Array, Array]] = []
+        held: list[tuple[Array, Array]] = []
+        for x, y in self._chunks():
+            kind = self.kind[at : at + len(x)]
+            if self.similarity == "cosine":
+                x, y = unit(x, str(self.source), at), unit(y, str(self.target), at)
+            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
+            held.append((x[kind == 1], y[kind == 1]))
+            if memory:
+                kept.append((x[kind == 3], y[kind == 3]))
+            at += len(x)
+            progress(at, len(self.kind))
+        empty = [(np.empty((0, self.source.dim), np.float32), np.empty((0, self.target.dim), np.float32))]
+        in_memory, held_out = ([np.concatenate(side) for side in zip(*(parts or empty))] for parts in (kept, held))
+        return moments, tuple(torch.from_numpy(x) for x in in_memory), tuple(held_out)  # type: ignore[return-value]
+
+    def _chunks(self) -> Iterator[tuple[Array, Array]]:
+        rows = max(1, CHUNK // max(self.source.dim, self.target.dim))
+        if self.source_rows is None or self.target_rows is None:
+            yield from zip(self.source.chunks(rows), self.target.chunks(rows))
+            return
+        target = _Scattered(self.target, self.target_rows)
+        at = taken = 0  # row of the file, pair
+        for x in self.source.chunks(rows):
+            n = int(np.searchsorted(self.source_rows[taken:], at + len(x)))
+            if n:
+                yield x[self.source_rows[taken : taken + n] - at], target(taken, taken + n)
+            at, taken = at + len(x), taken + n
+
+
+class _Scattered:
+    """Rows of a file in another order; a Parquet file has no quick way to a row and is held in memory for it."""
+
+    def __init__(self, vectors: Vectors, rows: NDArray[np.int64]):
+        self.vectors, self.rows = vectors, rows
+        self.all = vectors.take(rows) if isinstance(vectors, Parquet) else None
+
+    def __call__(self, start: int, stop: int) -> Array:
+        return self.vectors.take(self.rows[start:stop]) if self.all is None else self.all[start:stop]
+
+
+# -------------------------------------------------------------------------------------------------------------- judge
+
+
+def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> tuple[float, float]:
+    """Fidelity and overlap@10 of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
+
+    Each pair asks all others: on the query side mapped source against target, on the gallery side target against mapped
+    source; the reference is target against target. With N < 12 pairs the overlap is that of N - 2 neighbours.
+    """
+    mapped = served(adapter, source, similarity)
+    fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
+    asked = (mapped, target) if side == "query" else (target, mapped)
+    k = min(K, len(source) - 2)
+    found, wanted = (top_k(*pair, k, similarity, leave_own_out=True) for pair in (asked, (target, target)))
+    return fidelity, float(overlap(found, wanted).mean())
+
+
+def top_k(
+    queries: Array, gallery: Array, k: int, similarity: Similarity, leave_own_out: bool = False
+) -> NDArray[np.int64]:
+    """Rows of the k nearest gallery vectors, best first: (Nq, k). Exact; unit rows are expected under "cosine".
+
+    leave_own_out: query i is gallery item i and does not find itself.
+    """
+    g = torch.from_numpy(gallery)
+    half = g.square().sum(1) / 2 if similarity == "l2" else torch.zeros(())  # q.g - |g|^2/2 ranks as -|q - g|^2
+    found, step = [], max(1, 2**24 // len(g))
+    for start, q in zip(range(0, len(queries), step), torch.from_numpy(queries).split(step)):
+        scores = q @ g.T - half
+        if leave_own_out:
+            scores[torch.arange(len(q)), torch.arange(start, start + len(q))] = -torch.inf
+        found.append(scores.topk(k).indices)
+    return torch.cat(found).numpy()
+
+
+def overlap(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(Nq,) share of the k wanted rows that are among the k found; entries below 0 are no rows. Order does not count."""
+    if found.shape != wanted.shape:
+        raise ValueError(f"overlap compares lists of equal length, got {found.shape} and {wanted.shape}")
+    top = int(max(found.max(), wanted.max())) + 1
+    key = np.arange(len(wanted))[:, None] * top
+    hits = np.isin(np.where(found < 0, -1, found + key), wanted + key)
+    return hits.mean(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- apply
+
+
+def apply(path: Path, adapter: Path, out: Path, progress: Progress = quiet) -> tuple[int, int]:
+    """Writes the file `path` with every vector adapted to `out`; goes on where an interrupted run ended.
+
+    Returns:
+        Rows written, and how many of them an earlier run had written.
+
+    Raises:
+        UserError: one line: dims that disagree, NaN, zero vectors, what `Writer` refuses.
+    """
+    mapping, vectors = Map.load(adapter), open_vectors(path)
+    mapping(np.ones((1, vectors.dim), np.float32), str(path))  # dims that disagree: before anything is written
+    with Writer(out, vectors, mapping.adapter.target_dim, mapping.key) as writer:
+        before = writer.done
+        progress(before, len(vectors))
+        for chunk in vectors.chunks(start=before):
+            writer.write(mapping(chunk, str(path), writer.done))
+            progress(writer.done, len(vectors))
+    return len(vectors), before
