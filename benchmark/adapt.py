@@ -8,12 +8,11 @@ the held-out pairs, besides up to IN_MEMORY pairs for maps without a closed form
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +55,12 @@ class Fit:
         return type(self.adapter).__name__
 
 
+class Fits(NamedTuple):
+    ranked: list[Fit]  # best first: by overlap@10, then by fidelity
+    refused: dict[str, str]  # method -> why it cannot be fitted to these pairs
+    note: str  # how the two files were put together
+
+
 @dataclass(frozen=True)
 class Map:
     """An adapter as it serves: with the side it was fitted for and the similarity that says what is normalised."""
@@ -93,11 +98,12 @@ def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str =
     return unit(mapped, f"{name}, adapted", first) if similarity == "cosine" else mapped
 
 
-def unit(vectors: Array, name: str, first: int = 0) -> Array:
-    """Rows divided by their lengths; refuses zero vectors."""
+def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
+    """Vectors divided by their lengths; refuses zero vectors, by their number: from `rows` on, or those of `rows`."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not lengths.all():
-        row = first + int((lengths[:, 0] == 0).argmax())
+        at = int(lengths.argmin())
+        row = rows + at if isinstance(rows, int) else rows[at]
         raise UserError(f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again")
     return vectors / lengths
 
@@ -116,8 +122,8 @@ def fit(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress = quiet,
-) -> tuple[list[Fit], str]:
-    """Every method fitted to the same pairs, best first: by overlap@10 on the held-out pairs, then by fidelity.
+) -> Fits:
+    """Every method fitted to the same pairs and judged on held-out ones; in memory, to be written by `adapters.save`.
 
     Args:
         old, new: files of the same items embedded by both models; by id where both have ids, else row by row.
@@ -125,11 +131,9 @@ def fit(
         pairs: a random choice of so many; None = all.
         settings: hyperparameters; of one method only.
 
-    Returns:
-        The fits, and in a sentence how the files were put together.
-
     Raises:
-        UserError: one line: files that do not fit, an unknown method, too few pairs, NaN, zero vectors, constant columns.
+        UserError: one line: files that do not fit, an unknown method, NaN, zero vectors; too few pairs or constant columns,
+            if that leaves no method.
     """
     for name in methods:
         if name not in adapters.KINDS:
@@ -138,20 +142,23 @@ def fit(
         raise UserError("--set belongs to one method; name one")
     data = _Pairs(*((new, old) if side == "query" else (old, new)), similarity, pairs, seed)
     moments, memory, held = data.read(any(not adapters.KINDS[name].streams for name in methods), progress)
-    fits = []
+    fits, refused = [], {}
     for name in methods:
         start = time.perf_counter()
         source = (moments,) if adapters.KINDS[name].streams else memory
         try:
             adapter = adapters.fit(name, *source, seed=seed, **(settings or {}))
         except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+            refused[name] = data.explained(str(error))
+            continue
         seconds = time.perf_counter() - start
         fidelity, overlap = judge(adapter, *held, side, similarity)
         notes = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count, "held out": len(held[0])}
         notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{overlap:.4f}"}
         fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, overlap, seconds))
-    return sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), data.note
+    if not fits:
+        raise UserError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
 
 
 class _Pairs:
@@ -166,11 +173,18 @@ class _Pairs:
         if total < 10:
             raise UserError(f"{source} and {target} hold {total} pairs; even the plainest map and its test need 10")
         order = np.random.default_rng(seed).permutation(total)[:pairs]
-        self.count, held = len(order), min(HELD_OUT_MOST, round(HELD_OUT * len(order)))
+        self.count, held = len(order), min(HELD_OUT_MOST, max(round(HELD_OUT * len(order)), min(12, len(order) // 2)))
+        self.held = held
         self.kind = np.zeros(total, np.int8)  # 0 left out, 1 held out, 2 fitted to, 3 fitted to and fit for memory
         self.kind[order[:held]] = 1
         self.kind[order[held:]] = 2
         self.kind[order[held : held + IN_MEMORY]] = 3
+
+    def explained(self, error: str) -> str:
+        """A line of `benchmark.adapters` with the file's name in place of its side."""
+        for side, file in (("source", self.source), ("target", self.target)):
+            error = error.replace(f"{side}:", f"{file}:")
+        return f"{error} ({self.held} of the {self.count} pairs are held out)" if "too few" in error else error
 
     def read(self, memory: bool, progress: Progress) -> tuple[Moments, tuple[Tensor, Tensor], tuple[Array, Array]]:
         """Sums over the pairs to fit to; if asked for, those pairs; the held-out ones. One pass through both files."""
@@ -179,9 +193,7 @@ class _Pairs:
         held: list[tuple[Array, Array]] = []
         for x, y in self._chunks():
             kind = self.kind[at : at + len(x)]
-            if self.similarity == "cosine":
-                x, y = unit(x, str(self.source), at), unit(y, str(self.target), at)
-            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
+                moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
             held.append((x[kind == 1], y[kind == 1]))
             if memory:
                 kept.append((x[kind == 3], y[kind == 3]))
@@ -194,26 +206,23 @@ class _Pairs:
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
         rows = max(1, CHUNK // max(self.source.dim, self.target.dim))
         if self.source_rows is None or self.target_rows is None:
-            yield from zip(self.source.chunks(rows), self.target.chunks(rows))
+            at = 0
+            for x, y in zip(self.source.chunks(rows), self.target.chunks(rows)):
+                yield self._ready(x, self.source, at), self._ready(y, self.target, at)
+                at += len(x)
             return
-        target = _Scattered(self.target, self.target_rows)
-        at = taken = 0  # row of the file, pair
+        # in the source's order; a Parquet target has no quick way to a row and is held in memory for it
+        held = self.target.take(self.target_rows) if isinstance(self.target, Parquet) else None
+        at = done = 0  # row of the source, pair
         for x in self.source.chunks(rows):
-            n = int(np.searchsorted(self.source_rows[taken:], at + len(x)))
-            if n:
-                yield x[self.source_rows[taken : taken + n] - at], target(taken, taken + n)
-            at, taken = at + len(x), taken + n
+            end = int(np.searchsorted(self.source_rows, at + len(x)))
+            mine, theirs = self.source_rows[done:end], self.target_rows[done:end]
+            y = self.target.take(theirs) if held is None else held[done:end]
+            yield self._ready(x[mine - at], self.source, mine), self._ready(y, self.target, theirs)
+            at, done = at + len(x), end
 
-
-class _Scattered:
-    """Rows of a file in another order; a Parquet file has no quick way to a row and is held in memory for it."""
-
-    def __init__(self, vectors: Vectors, rows: NDArray[np.int64]):
-        self.vectors, self.rows = vectors, rows
-        self.all = vectors.take(rows) if isinstance(vectors, Parquet) else None
-
-    def __call__(self, start: int, stop: int) -> Array:
-        return self.vectors.take(self.rows[start:stop]) if self.all is None else self.all[start:stop]
+    def _ready(self, vectors: Array, file: Vectors, rows: int | NDArray[np.int64]) -> Array:
+        return unit(vectors, str(file), rows) if self.similarity == "cosine" else vectors
 
 
 # -------------------------------------------------------------------------------------------------------------- judge
@@ -223,7 +232,7 @@ def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity
     """Fidelity and overlap@10 of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
 
     Each pair asks all others: on the query side mapped source against target, on the gallery side target against mapped
-    source; the reference is target against target. With N < 12 pairs the overlap is that of N - 2 neighbours.
+    source; the reference is target against target. With less than 12 pairs there are only N - 2 neighbours to compare.
     """
     mapped = served(adapter, source, similarity)
     fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())

@@ -70,8 +70,12 @@ class Vectors:
     def column(self, name: str) -> NDArray:
         """(N,) integers or, of any other type, text."""
         if name not in self.columns:
-            raise unknown(f"column of {self}", name, self.columns) if self.columns else UserError(
-                f"{self}: has no column '{name}', for it holds nothing but embeddings; Parquet files hold columns"
+            raise (
+                unknown(f"column of {self}", name, self.columns)
+                if self.columns
+                else UserError(
+                    f"{self}: has no column '{name}', for it holds nothing but embeddings; Parquet files hold columns"
+                )
             )
         return self._column(name)
 
@@ -80,21 +84,15 @@ class Vectors:
 
     def chunks(self, rows: int | None = None, start: int = 0) -> Iterator[Array]:
         """(n, D) float32 from row `start` on, `rows` at a time (the last one fewer), all finite."""
-        rows = rows or max(1, CHUNK // self.dim)
-        for chunk in self._chunks(rows, start):
-            finite = np.isfinite(chunk).all(1)
-            if not finite.all():
-                raise UserError(
-                    f"{self}: row {start + int((~finite).argmax())} holds NaN or infinity; remove such rows or embed them again"
-                )
-            yield chunk
+        for chunk in self._chunks(rows or max(1, CHUNK // self.dim), start):
+            yield self._finite(chunk, start)
             start += len(chunk)
 
     def _chunks(self, rows: int, start: int) -> Iterator[Array]:
         raise NotImplementedError
 
     def take(self, rows: NDArray[np.int64] | None = None) -> Array:
-        """(n, D) of the rows asked for (default: all), in that order; in one pass through the file."""
+        """(n, D) float32 of the rows asked for (default: all), in that order; finite."""
         if rows is None:
             rows = np.arange(len(self))
         out = np.empty((len(rows), self.dim), np.float32)
@@ -106,6 +104,15 @@ class Vectors:
             at += len(chunk)
         return out
 
+    def _finite(self, chunk: Array, rows: int | NDArray[np.int64]) -> Array:
+        """The chunk of rows from `rows` on, or of those very rows."""
+        finite = np.isfinite(chunk).all(1)
+        if not finite.all():
+            at = int(finite.argmin())
+            row = rows + at if isinstance(rows, int) else rows[at]
+            raise UserError(f"{self}: row {row} holds NaN or infinity; remove such rows or embed them again")
+        return chunk
+
 
 class Raw(Vectors):
     """One block of numbers at an offset; mapped anew for every chunk, so that no page stays resident."""
@@ -115,7 +122,9 @@ class Raw(Vectors):
 
     def _set(self, shape: tuple[int, ...], stored: np.dtype, offset: int, floats: bool) -> None:
         if len(shape) != 2 or not floats or not math.prod(shape):
-            raise UserError(f"{self}: embeddings are a non-empty (N, D) matrix of floats, not {stored} of shape {shape}")
+            raise UserError(
+                f"{self}: embeddings are a non-empty (N, D) matrix of floats, not {stored} of shape {shape}"
+            )
         (self.rows, self.dim), self.stored, self.offset = shape, stored, offset
         if stored == np.float16:
             self.dtype = np.dtype(np.float16)
@@ -125,11 +134,15 @@ class Raw(Vectors):
 
     def _chunks(self, rows: int, start: int) -> Iterator[Array]:
         for at in range(start, len(self), rows):
-            part = self._map()[at : at + rows]
-            if self.stored.kind == "u":  # bfloat16: the upper half of a float32
-                yield (part.astype(np.uint32) << 16).view(np.float32)
-            else:
-                yield part.astype(np.float32)
+            yield self._floats(self._map()[at : at + rows])
+
+    def take(self, rows: NDArray[np.int64] | None = None) -> Array:
+        return super().take() if rows is None else self._finite(self._floats(self._map()[rows]), rows)
+
+    def _floats(self, part: NDArray) -> Array:
+        if self.stored.kind == "u":  # bfloat16: the upper half of a float32
+            return (part.astype(np.uint32) << 16).view(np.float32)
+        return part.astype(np.float32)
 
 
 class Npy(Raw):
@@ -230,7 +243,9 @@ class Parquet(Vectors):
             if lists.null_count or pc.any(pc.not_equal(pc.list_value_length(lists), self.dim)).as_py():
                 lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
                 row = int((lengths != self.dim).argmax())
-                raise UserError(f"{self}: row {at + row} has {lengths[row]} dims, the first has {self.dim}; all need the same")
+                raise UserError(
+                    f"{self}: row {at + row} has {lengths[row]} dims, the first has {self.dim}; all need the same"
+                )
             values = lists.flatten()
             if values.null_count:
                 row = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // self.dim
@@ -310,6 +325,8 @@ def align(a: Vectors, b: Vectors) -> tuple[Rows, Rows, str]:
     if not len(rows_a):
         raise UserError(f"{a} and {b} have no id in common; are both of the same items?")
     order = np.argsort(rows_a)
-    left = f"; left out: {len(a) - len(rows_a)} rows only in {a.path.name}, {len(b) - len(rows_b)} only in {b.path.name}"
+    left = (
+        f"; left out: {len(a) - len(rows_a)} rows only in {a.path.name}, {len(b) - len(rows_b)} only in {b.path.name}"
+    )
     note = f"{len(rows_a)} pairs, put into order by id" + left * (len(rows_a) < max(len(a), len(b)))
     return rows_a[order], rows_b[order], note

@@ -39,7 +39,9 @@ class Writer:
 
     def __init__(self, out: Path, like: Vectors, dim: int, key: str):
         if out.suffix != like.path.suffix:
-            raise UserError(f"{out}: the output has the input's format; name it {out.with_suffix(like.path.suffix).name}")
+            raise UserError(
+                f"{out}: the output has the input's format; name it {out.with_suffix(like.path.suffix).name}"
+            )
         if out.resolve() == like.path.resolve():
             raise UserError(f"{out}: would replace its own input, which a rollback needs; choose another name")
         self.out, self.like, self.dim = out, like, dim
@@ -64,7 +66,9 @@ class Writer:
     def write(self, vectors: Array) -> None:
         """The next rows (n, dim)."""
         if vectors.shape[1:] != (self.dim,) or self.done + len(vectors) > len(self.like):
-            raise ValueError(f"expected rows of {self.dim} dims, {len(self.like) - self.done} at most, got {vectors.shape}")
+            raise ValueError(
+                f"expected rows of {self.dim} dims, {len(self.like) - self.done} at most, got {vectors.shape}"
+            )
         with self._explained():
             self.form.write(vectors.astype(self.like.dtype))
         self.done += len(vectors)
