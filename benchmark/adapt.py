@@ -104,7 +104,9 @@ def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
     if not lengths.all():
         at = int(lengths.argmin())
         row = rows + at if isinstance(rows, int) else rows[at]
-        raise UserError(f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again")
+        raise UserError(
+            f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again"
+        )
     return vectors / lengths
 
 
@@ -193,7 +195,7 @@ class _Pairs:
         held: list[tuple[Array, Array]] = []
         for x, y in self._chunks():
             kind = self.kind[at : at + len(x)]
-                moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
+            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
             held.append((x[kind == 1], y[kind == 1]))
             if memory:
                 kept.append((x[kind == 3], y[kind == 3]))
