@@ -23,11 +23,11 @@ from benchmark import adapters
 from benchmark.adapters import Adapter, Moments
 from benchmark.errors import UserError, unknown
 from benchmark.files import sha256_file
+from benchmark.neighbours import Similarity, overlap, search
 from benchmark.vectors import CHUNK, Array, Parquet, Vectors, align, open_vectors
 from benchmark.writer import Writer
 
 Side = Literal["query", "gallery"]
-Similarity = Literal["cosine", "l2"]
 Progress = Callable[[int, int], None]  # rows done, of how many
 
 HELD_OUT = 0.2  # share of the pairs that is held out, at most HELD_OUT_MOST pairs
@@ -154,10 +154,10 @@ def fit(
             refused[name] = data.explained(str(error))
             continue
         seconds = time.perf_counter() - start
-        fidelity, overlap = judge(adapter, *held, side, similarity)
+        fidelity, shared = judge(adapter, *held, side, similarity)
         notes = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count, "held out": len(held[0])}
-        notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{overlap:.4f}"}
-        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, overlap, seconds))
+        notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
+        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
     if not fits:
         raise UserError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
@@ -239,37 +239,9 @@ def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity
     mapped = served(adapter, source, similarity)
     fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
     asked = (mapped, target) if side == "query" else (target, mapped)
-    k = min(K, len(source) - 2)
-    found, wanted = (top_k(*pair, k, similarity, leave_own_out=True) for pair in (asked, (target, target)))
-    return fidelity, float(overlap(found, wanted).mean())
-
-
-def top_k(
-    queries: Array, gallery: Array, k: int, similarity: Similarity, leave_own_out: bool = False
-) -> NDArray[np.int64]:
-    """Rows of the k nearest gallery vectors, best first: (Nq, k). Exact; unit rows are expected under "cosine".
-
-    leave_own_out: query i is gallery item i and does not find itself.
-    """
-    g = torch.from_numpy(gallery)
-    half = g.square().sum(1) / 2 if similarity == "l2" else torch.zeros(())  # q.g - |g|^2/2 ranks as -|q - g|^2
-    found, step = [], max(1, 2**24 // len(g))
-    for start, q in zip(range(0, len(queries), step), torch.from_numpy(queries).split(step)):
-        scores = q @ g.T - half
-        if leave_own_out:
-            scores[torch.arange(len(q)), torch.arange(start, start + len(q))] = -torch.inf
-        found.append(scores.topk(k).indices)
-    return torch.cat(found).numpy()
-
-
-def overlap(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(Nq,) share of the k wanted rows that are among the k found; entries below 0 are no rows. Order does not count."""
-    if found.shape != wanted.shape:
-        raise ValueError(f"overlap compares lists of equal length, got {found.shape} and {wanted.shape}")
-    top = int(max(found.max(), wanted.max())) + 1
-    key = np.arange(len(wanted))[:, None] * top
-    hits = np.isin(np.where(found < 0, -1, found + key), wanted + key)
-    return hits.mean(1)
+    k, own = min(K, len(source) - 2), np.arange(len(source))
+    found, wanted = (search(*pair, k, similarity, own).rows for pair in (asked, (target, target)))
+    return fidelity, float(overlap(found, wanted, k).mean())
 
 
 # -------------------------------------------------------------------------------------------------------------- apply

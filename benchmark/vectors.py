@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Array = NDArray[np.float32]
-CHUNK = 2**21  # numbers in a chunk: 8 MiB in float32
+CHUNK = 2**20  # numbers in a chunk: 4 MiB in float32
 TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"} | {
     f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (2, 4, 8)
 }  # of safetensors
