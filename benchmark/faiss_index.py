@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from benchmark.errors import UserError
 from benchmark.neighbours import Rows, Similarity
 from benchmark.vectors import Array
 
+Read = Callable[[NDArray[np.int64]], Array]  # rows -> (n, D)
 KINDS = "Flat, IVF-Flat, IVF-PQ or HNSW"
 PROBES = 64  # vectors read back in the check
 AGAIN = 20_000  # vectors added again to time a rebuild
@@ -24,7 +25,7 @@ class Index:
     Args:
         path: what faiss.write_index wrote.
         vectors: (N, D) what the index should hold, unit rows under "cosine".
-        raw: (N, D) the same before they were put to unit length.
+        raw: gives rows of the gallery as its file holds them, not put to unit length.
         ids: (N,) of the gallery file, or None; an index may have been filled with ids in place of row numbers.
         settings: search parameters as faiss names them, "nprobe=16" or "efSearch=64"; None = those in the file.
 
@@ -34,7 +35,7 @@ class Index:
     """
 
     def __init__(
-        self, path: Path, vectors: Array, raw: Array, ids: NDArray | None, similarity: Similarity, settings: str | None
+        self, path: Path, vectors: Array, raw: Read, ids: NDArray | None, similarity: Similarity, settings: str | None
     ):
         import faiss
 
@@ -58,7 +59,10 @@ class Index:
             raise UserError(
                 f"{path}: the index searches by inner product, not by L2; rebuild it or take --similarity cosine"
             )
-        self.inner = self._inner(self.index)
+        outer = faiss.downcast_index(self.index)
+        wrapped = isinstance(outer, faiss.IndexIDMap)  # ids around an index that counts from 0
+        self.id_map = faiss.vector_to_array(outer.id_map) if wrapped else None
+        self.inner = faiss.downcast_index(outer.index) if wrapped else outer
         self.kind = type(self.inner).__name__.removeprefix("Index")
         self.rows = self._rows(ids)
         self._check(vectors, raw, similarity)
@@ -69,14 +73,6 @@ class Index:
                 raise UserError(
                     f"--search '{settings}' is no setting of {self.kind}; e.g. nprobe=16 or efSearch=64"
                 ) from None
-
-    @staticmethod
-    def _inner(index: Any) -> Any:
-        """The index itself, where ids are wrapped around it."""
-        import faiss
-
-        index = faiss.downcast_index(index)
-        return faiss.downcast_index(index.index) if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)) else index
 
     @property
     def settings(self) -> str:
@@ -110,9 +106,8 @@ class Index:
         """(labels, ascending; their rows), or None where the label is the row."""
         import faiss
 
-        outer, n = faiss.downcast_index(self.index), self.index.ntotal
-        if outer is not self.inner and hasattr(outer, "id_map"):
-            labels = faiss.vector_to_array(outer.id_map)
+        if self.id_map is not None:
+            labels = self.id_map
         elif hasattr(self.inner, "invlists"):
             lists = self.inner.invlists
             sizes = [lists.list_size(i) for i in range(self.inner.nlist)]
@@ -122,7 +117,7 @@ class Index:
         else:
             return None
         labels = np.sort(labels)
-        if np.array_equal(labels, np.arange(n)):
+        if np.array_equal(labels, np.arange(len(labels))):
             return None
         if ids is not None and ids.dtype.kind == "i":
             order = np.argsort(ids)
@@ -136,7 +131,7 @@ class Index:
         known, rows = self.rows
         return rows[np.searchsorted(known, labels).clip(max=len(known) - 1)]
 
-    def _check(self, vectors: Array, raw: Array, similarity: Similarity) -> None:
+    def _check(self, vectors: Array, raw: Read, similarity: Similarity) -> None:
         """Some vectors, read back, must be those of their rows (compressed: nearer to them than to others)."""
         import faiss
 
@@ -146,12 +141,14 @@ class Index:
         if self.rows is not None:
             known, of = self.rows
             labels = known[np.argsort(of)][rows]
+        if self.id_map is not None:
+            order = np.argsort(self.id_map)
+            labels = order[np.searchsorted(self.id_map[order], labels)]
         try:
+            if isinstance(self.inner, faiss.IndexLSH):
+                raise RuntimeError("bits, from which faiss makes vectors up")
             if hasattr(self.inner, "set_direct_map_type"):
                 self.inner.set_direct_map_type(faiss.DirectMap.Hashtable)
-            if self.inner is not faiss.downcast_index(self.index) and not hasattr(self.inner, "invlists"):
-                outer = faiss.vector_to_array(faiss.downcast_index(self.index).id_map)
-                labels = np.argsort(outer)[np.searchsorted(np.sort(outer), labels)]  # the wrapped index counts from 0
             back = np.stack([self.inner.reconstruct(int(label)) for label in labels])
         except RuntimeError:
             raise UserError(
@@ -163,8 +160,12 @@ class Index:
             return np.linalg.norm(back - a, axis=1)
 
         mine, other = apart(vectors[rows]), apart(vectors[(rows + max(1, n // 2)) % n])
-        plain = apart(raw[rows])
-        if similarity == "cosine" and np.median(plain) < 0.5 * np.median(mine):
+        lengths, plain = (np.log(np.linalg.norm(x, axis=1).clip(1e-30)) for x in (back, raw(rows)))
+        if (
+            similarity == "cosine"
+            and np.median(abs(plain)) > 0.1
+            and np.median(abs(lengths - plain) - abs(lengths)) < 0
+        ):
             raise UserError(
                 f"{self.path}: holds vectors that were not put to unit length, so it does not search by cosine; rebuild it from "
                 "unit vectors"

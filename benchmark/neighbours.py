@@ -30,7 +30,7 @@ def search(
     """
     g, parts, step = torch.from_numpy(gallery), [], max(1, SCORES // len(gallery))
     for start in range(0, len(queries), step):
-        scores = _scores(torch.from_numpy(queries[start : start + step]), g, similarity)
+        scores = score(torch.from_numpy(queries[start : start + step]), g, similarity)
         if own is not None:
             has = np.flatnonzero(own[start : start + step] >= 0)
             scores[has, own[start : start + step][has]] = -torch.inf
@@ -40,7 +40,8 @@ def search(
     return Found(rows.masked_fill_(values == -torch.inf, -1).numpy(), values.numpy())
 
 
-def _scores(q: torch.Tensor, g: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+def score(q: torch.Tensor, g: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+    """(Nq, Ng) cosines of unit rows, or minus half the squared distances."""
     scores = q @ g.T
     if similarity == "l2":
         scores -= q.square().sum(1, keepdim=True) / 2 + g.square().sum(1) / 2
