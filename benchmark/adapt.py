@@ -51,8 +51,6 @@ class Fit:
     seconds: float  # of the fit, without reading the files
 
     @property
-    def name(self) -> str:
-        return type(self.adapter).__name__
 
 
 class Fits(NamedTuple):
