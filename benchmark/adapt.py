@@ -50,8 +50,6 @@ class Fit:
     overlap: float  # overlap@10 with the target space's own ranking, in [0, 1]
     seconds: float  # of the fit, without reading the files
 
-    @property
-
 
 class Fits(NamedTuple):
     ranked: list[Fit]  # best first: by overlap@10, then by fidelity

@@ -77,7 +77,7 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     console.print(fits.note, soft_wrap=True)
     _show(console, fits)
     target = "the stored gallery" if args.side == "gallery" else "new queries"
-    console.print(f"{best.name} written: {args.out}; for {target}: compatbench adapt --apply FILE --adapter {args.out} --out OUT",
+    console.print(f"{best.adapter.kind} written: {args.out}; for {target}: compatbench adapt --apply FILE --adapter {args.out} --out OUT",
                   soft_wrap=True)  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _show(console: Any, fits: Fits) -> None:
         table.add_column(column, justify="left" if column == "method" else "right")
     for fit in fits.ranked:
         table.add_row(
-            fit.name, f"{fit.overlap:.4f}", f"{fit.fidelity:.4f}", f"{fit.adapter.parameters_count:,}",
+            fit.adapter.kind, f"{fit.overlap:.4f}", f"{fit.fidelity:.4f}", f"{fit.adapter.parameters_count:,}",
             f"{fit.adapter.multiply_adds:,}", f"{fit.seconds:.2f}",
         )  # fmt: skip
     table.caption = (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark.acceptance import Labels
 from benchmark.adapt import Map, unit
+from benchmark.audit.acceptance import Labels
 from benchmark.errors import UserError, unknown
 from benchmark.vectors import Array, Vectors, align, open_vectors
 
@@ -26,6 +26,7 @@ class Data:
     new_queries: Array  # (Nq, d_n)
     gallery: Array  # (N, d_o) all that is stored
     gallery_file: Vectors
+    query_ids: NDArray | None
     sample: NDArray[np.int64] | None  # (n,) rows of the gallery that both models embedded; None = all
     new: Array | None  # (n, d_n) those rows by the new model; None = not given
     own: NDArray[np.int64]  # (Nq,) row of the gallery that is the query itself; -1 = none
@@ -107,7 +108,7 @@ def read(
         rows = old_rows if query_labels in old.columns or query_labels not in new.columns else new_rows
         labels = _codes(queries if rows is None else queries[rows], _labels(gallery_labels, stored))
     return Data(
-        notes, taken(old, old_rows), taken(new, new_rows), taken(stored, None), stored, sample, gallery, own,
+        notes, taken(old, old_rows), taken(new, new_rows), taken(stored, None), stored, query_ids, sample, gallery, own,
         _slices(((old, old_rows), (new, new_rows)), slices, query_labels), labels,
     )  # fmt: skip
 

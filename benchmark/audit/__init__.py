@@ -11,58 +11,21 @@ wrong GO has a chance of at most 5 % (an intersection-union test needs no correc
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmark import acceptance, bounds
 from benchmark.adapt import Map, Side, fit
-from benchmark.audit_data import Data, read
-from benchmark.bounds import Estimate
+from benchmark.audit.data import Data, read
+from benchmark.audit.judging import Judge, Requirements
+from benchmark.audit.ways import all_ways, latency, serve
 from benchmark.errors import UserError
-from benchmark.faiss_index import Index
-from benchmark.neighbours import Rows, Similarity, fuse, overlap, search
-from benchmark.vectors import Array, open_vectors
+from benchmark.neighbours import Similarity
+from benchmark.vectors import open_vectors
 
-KS = (1, 10, 100)
-K = 10  # what is decided by
-ADAPTER, INDEXED, OLD, FULL = "adapter", "adapter and index", "old model only", "full re-embedding"
-SLICE_LEAST = 20  # queries of a slice
-TIMED = 500  # queries, one at a time
-Values = NDArray[np.float64]  # (Nq,)
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """What a go needs; the operator's to set."""
-
-    overlap: float = 0.8  # overlap@10 with the full backfill
-    slice: float = 0.5  # the same in every slice
-    margin: float = 0.05  # change of the share accepted (with labels: loss of TAR), and negative flips
-    far: float = 2.0  # with labels: FAR at the frozen threshold, as a multiple of what it was frozen at
-
-
-class Check(NamedTuple):
-    what: str
-    found: Estimate
-    bound: float  # the bound that decides
-    required: str
-    met: bool
-
-
-@dataclass
-class Way:
-    """One way to serve."""
-
-    rows: Rows  # (Nq, k) of the judged sample, best first
-    best: Array | None = None  # (Nq,) score of the best match, where a threshold may meet it
-    side: acceptance.Side | None = None  # the vectors that are compared
-    cost: dict[str, Any] = field(default_factory=dict)
+LEAST = 20  # gallery items in the judged sample
 
 
 def audit(
@@ -114,63 +77,46 @@ def audit(
         raise UserError("--accept, --far and --dual are shares between 0 and 1")
     mapping, fitted = _mapping(adapter, pairs, methods, side, similarity, seed)
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
-    data.notes += fitted
+    data.notes += fitted + (_shared(pairs, data) if pairs else [])
     size = gallery_size or len(data.gallery)
     if size < len(data.gallery):
         raise UserError(f"--gallery-size {size} is less than the {len(data.gallery)} rows of {gallery_old}")
-    ks = [k for k in KS if k < data.size]
-    if ks[-1:] < [K]:
-        raise UserError(f"{data.size} gallery items are too few to judge overlap@{K}; embed a larger sample")
+    if data.size < LEAST:
+        raise UserError(f"{data.size} gallery items are too few to judge by; embed {LEAST} at least, better thousands")
 
-    start = time.perf_counter()
-    queries = mapping(data.new_queries) if mapping.side == "query" else data.new_queries
-    stored = mapping(data.gallery) if mapping.side == "gallery" else data.gallery  # (N, D), what is searched
-    mapped_in = (time.perf_counter() - start) / (len(data.gallery) if mapping.side == "gallery" else len(queries))
-    opened = None
-    if index is not None:
-        raw = data.gallery_file.take if mapping.side == "query" else stored.__getitem__
-        opened = Index(index, stored, raw, data.gallery_file.ids, mapping.similarity, settings)
-
-    ways = _ways(data, queries, data.judged(stored), mapping, dual, size, encoder_rate, mapped_in, seed)
-    reference = ways[FULL].rows if FULL in ways else None
-    indexed, recall = _indexed(data, queries, stored, opened, mapping, ks) if opened else (None, {})
-    if indexed is not None and data.sample is None:
-        ways[INDEXED] = Way(indexed, cost=ways[ADAPTER].cost)
+    served = serve(data, mapping, index, settings)
+    ways = all_ways(data, served, dual, size, encoder_rate, seed)
+    judge = Judge(data, ways, served, require, size, seed)
     report: dict[str, Any] = {
         "notes": data.notes,
         "sizes": {
-            "queries": len(queries), "gallery": len(stored), "judged sample": data.size, "gallery in service": size,
+            "queries": len(served.queries), "gallery": len(served.gallery), "judged sample": data.size,
+            "gallery in service": size,
         },
         "adapter": {
             "method": mapping.adapter.kind, "side": mapping.side, "similarity": mapping.similarity,
             "numbers stored": mapping.adapter.parameters_count, "multiply-adds": mapping.adapter.multiply_adds,
         },
-        "ways": {name: dict(way.cost) for name, way in ways.items()},
+        "overlap": judge.overlaps(),
+        "index": judge.index(),
+        "trend": judge.trend(),
+        "slices": judge.slices(),
+        "threshold": judge.threshold(accept, far),
+        "labelled": judge.labelled(),
+        "latency": latency(data, served),
+        "costs": {name: way.cost for name, way in ways.items()},
     }  # fmt: skip
-    checks: list[Check] = []
-    if reference is not None:
-        values = {name: {k: overlap(way.rows, reference, k) for k in ks} for name, way in ways.items()}
-        _overlaps(report, checks, data, values, recall, size, ways[ADAPTER].side, mapping, require, seed)
-    if opened:
-        checks_of_index = {f"{who}, @{k}": value for who, by_k in recall.items() for k, value in by_k.items()}
-        report["index"] = {"kind": opened.kind, "settings": opened.settings}
-        report["index"]["recall"] = bounds.estimates(checks_of_index, seed=seed)
-    _threshold(report, checks, data, ways, mapping, accept, far, require, seed)
-    if data.labels is not None:
-        _labelled(report, checks, data, ways, ks, require, seed)
-    report["latency"] = _latency(data, mapping, stored, opened)
-    if opened:
-        seconds = opened.rebuild_seconds(stored) * size / len(stored)
+    if served.index:
+        seconds = served.index.rebuild_seconds(served.gallery) * size / len(served.gallery)
         report["index"]["seconds to add all vectors again"] = seconds
-    report["checks"] = [check._replace(found=check.found._asdict())._asdict() for check in checks]  # type: ignore[arg-type]
-    report["missing"] = [] if reference is not None else ["overlap with the full backfill: give --gallery-new, a sample"]
-    report["verdict"] = "GO" if not report["missing"] and all(check.met for check in checks) else "NO-GO"
+    report["checks"], report["missing"] = judge.checks, judge.missing
+    report["verdict"] = "GO" if not judge.missing and all(check.met for check in judge.checks) else "NO-GO"
     return plain(report)
 
 
 def plain(value: Any) -> Any:
     """As JSON values: named tuples as dicts, keys as text, numbers as Python's own."""
-    if isinstance(value, Estimate):
+    if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -197,3 +143,16 @@ def _mapping(
     best = fits.ranked[0]
     notes = f"pairs: {fits.note}; {best.adapter.kind} has overlap@10 {best.overlap:.3f} on held-out pairs"
     return Map(best.adapter, side, similarity, ""), [notes]
+
+
+def _shared(pairs: tuple[Path, Path], data: Data) -> list[str]:
+    """A warning where the adapter was fitted to what it is judged on."""
+    ids, notes = open_vectors(pairs[0]).ids, []
+    gallery_ids = data.gallery_file.ids
+    for what, others in (("queries", data.query_ids), ("judged gallery items", gallery_ids)):
+        if ids is None or others is None or ids.dtype.kind != others.dtype.kind:
+            continue
+        both = int(np.isin(data.judged(others) if others is gallery_ids else others, ids).sum())
+        if both:
+            notes.append(f"{both} {what} are among the pairs that the adapter was fitted on: that flatters it")
+    return notes
