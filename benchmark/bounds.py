@@ -9,7 +9,7 @@ have a bootstrap interval of no width, however few they are; there the exact bou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,8 +35,8 @@ def estimate(values: ArrayLike, *, least: float = 0, most: float = 1, seed: int 
 
 
 def estimates(
-    values: Mapping[str, ArrayLike], *, least: float = 0, most: float = 1, seed: int = 0, error: float = ERROR
-) -> dict[str, Estimate]:
+    values: Mapping[Any, ArrayLike], *, least: float = 0, most: float = 1, seed: int = 0, error: float = ERROR
+) -> dict[Any, Estimate]:
     """Of several values (Q,) of the same queries, which share their resamples."""
     arrays = {name: np.asarray(value, dtype=float) for name, value in values.items()}
     drawn = _resample(np.stack(list(arrays.values())), seed, error)  # (resamples, names)
@@ -47,7 +47,7 @@ def estimates(
             share = error ** (1 / n)
             lower, upper = (share * value[0] + (1 - share) * worst for worst in (least, most))
             found[name] = Estimate(float(value[0]), float(lower), float(upper), n, "exact")
-        elif set(np.unique(value)) <= {0.0, 1.0}:
+        elif least == 0 and set(np.unique(value)) <= {0.0, 1.0}:
             found[name] = share_of(int(value.sum()), n, error)
         else:
             lower, upper = np.quantile(means, [error, 1 - error])
@@ -64,14 +64,14 @@ def share_of(hits: int, n: int, error: float = ERROR) -> Estimate:
     return Estimate(hits / n, lower, upper, n, "exact")
 
 
-def ratio(parts: ArrayLike, wholes: ArrayLike, *, seed: int = 0, error: float = ERROR) -> Estimate:
+def ratio(parts: ArrayLike, wholes: ArrayLike, *, least: float = 0, seed: int = 0, error: float = ERROR) -> Estimate:
     """Of sum(parts) / sum(wholes), both (Q,): a share of pairs, of which each query has many that stand or fall together."""
     parts, wholes = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
     kept = wholes > 0
     parts, wholes = parts[kept], wholes[kept]
     shares = parts / wholes
     if shares.min() == shares.max():
-        return estimate(shares, error=error)
+        return estimate(shares, least=least, error=error)
     means = _resample(np.stack([parts, wholes]), seed, error)
     lower, upper = np.quantile(means[:, 0] / means[:, 1], [error, 1 - error])
     return Estimate(float(parts.sum() / wholes.sum()), float(lower), float(upper), len(parts), "bootstrap")

@@ -82,8 +82,12 @@ class Index:
         return f"efSearch={self.inner.hnsw.efSearch}" if hasattr(self.inner, "hnsw") else "exhaustive"
 
     def search(self, queries: Array, k: int, own: NDArray[np.int64] | None = None) -> Rows:
-        """(Nq, k) rows of the gallery, best first; -1 where the index found fewer. `own` as for `neighbours.search`."""
-        labels = self.index.search(np.ascontiguousarray(queries), min(k + 1, self.index.ntotal))[1]
+        """(Nq, k) rows of the gallery, best first; -1 where the index found fewer. `own` as for `neighbours.search`.
+
+        Ask for as many as will be asked for in service: a graph is searched the more widely the more are wanted.
+        """
+        more = int(own is not None and bool((own >= 0).any()))
+        labels = self.index.search(np.ascontiguousarray(queries), min(k + more, self.index.ntotal))[1]
         found = np.where(labels >= 0, self._row_of(labels), -1)
         if own is not None:
             found[found == own[:, None]] = -1

@@ -18,7 +18,8 @@ from benchmark.neighbours import Found, Rows, fuse, search
 from benchmark.vectors import Array
 
 ADAPTER, INDEXED, OLD, FULL = "adapter", "adapter and index", "old model only", "full re-embedding"
-DEEPEST = 100  # of the overlaps, and of the lists that are fused
+KS = (1, 10, 100)  # depths of what is reported
+DEEPEST = KS[-1]  # also of the lists that are fused
 TIMED = 500  # queries, one at a time
 
 
@@ -36,9 +37,14 @@ class Served:
 @dataclass
 class Way:
     rows: Rows  # (Nq, k) of the judged sample, best first
+    cost: dict[str, Any]
     best: Array | None = None  # (Nq,) score of the best match, where a threshold may meet it
     side: Side | None = None  # the vectors that are compared
-    cost: dict[str, Any] = field(default_factory=dict)
+    by_k: dict[int, Rows] = field(default_factory=dict)  # of an index, which searches less for fewer
+
+    def top(self, k: int) -> Rows:
+        """(Nq, k)"""
+        return self.by_k.get(k, self.rows)[:, :k]
 
 
 def serve(data: Data, mapping: Map, index: Path | None, settings: str | None) -> Served:
@@ -76,11 +82,12 @@ def all_ways(
     ways = {}
     mapped = 0 if served.mapping.side == "query" else size
     top, side = found(served.queries, data.judged(served.gallery))
-    ways[ADAPTER] = Way(top.rows, top.scores[:, 0], side, cost(0, mapped, mapped * served.seconds_per_item, 1))
+    ways[ADAPTER] = Way(top.rows, cost(0, mapped, mapped * served.seconds_per_item, 1), top.scores[:, 0], side)
     if served.index and data.sample is None:
-        ways[INDEXED] = Way(served.index.search(served.queries, DEEPEST, data.own), cost=ways[ADAPTER].cost)
+        by_k = {k: served.index.search(served.queries, k, data.own) for k in KS}
+        ways[INDEXED] = Way(by_k[DEEPEST], ways[ADAPTER].cost, by_k=by_k)
     old, side = found(data.old_queries, data.judged(data.gallery))
-    ways[OLD] = Way(old.rows, old.scores[:, 0], side, cost(0, 0, 0.0, 1))
+    ways[OLD] = Way(old.rows, cost(0, 0, 0.0, 1), old.scores[:, 0], side)
     if data.new is None:
         return ways
     order = np.random.default_rng(seed).permutation(data.size)
@@ -88,9 +95,9 @@ def all_ways(
         part = np.sort(order[: max(1, round(share * data.size))])
         new = _among(data.new_queries, data.new, part, served.mapping, data)
         again = cost(share * size, share * size, encoding(share * size), 2)
-        ways[f"two indexes, {share:.0%} re-embedded"] = Way(fuse([new, old.rows], DEEPEST), cost=again)
+        ways[f"two indexes, {share:.0%} re-embedded"] = Way(fuse([new, old.rows], DEEPEST), again)
     top, side = found(data.new_queries, data.new)
-    ways[FULL] = Way(top.rows, top.scores[:, 0], side, cost(size, size, encoding(size), 1))
+    ways[FULL] = Way(top.rows, cost(size, size, encoding(size), 1), top.scores[:, 0], side)
     return ways
 
 
@@ -103,29 +110,25 @@ def _among(queries: Array, gallery: Array, part: np.ndarray, mapping: Map, data:
 
 
 def latency(data: Data, served: Served) -> dict[str, Any]:
-    """Milliseconds of single queries, from embedding to result: as today and with the adapter; p50 and p99."""
-    if served.index:
-        one: Callable[[Array], object] = served.index.one
-    else:
-        def one(query: Array) -> object:
-            return search(query, served.gallery, 10, served.mapping.similarity)
+    """Milliseconds from a query's embedding to its first 10, one query at a time: p50 and p99, with and without adapter."""
+    mapping, index = served.mapping, served.index
 
-    count = min(TIMED, len(served.queries))
-    adapts = served.mapping.side == "query"
-    plain = served.queries  # as if they came adapted
-    arrived = data.new_queries if adapts else served.queries
-    report: dict[str, Any] = {"queries": count, "vectors searched": len(served.gallery)}
-    report["search"] = f"{served.index.kind}, {served.index.settings}" if served.index else "exact"
-    for name, queries, step in (
-        ("search alone", plain, one),
-        ("adapter and search" if adapts else "search, adapted gallery", arrived, lambda q: one(served.mapping(q)) if adapts else one(q)),
-    ):  # fmt: skip
+    def one(query: Array) -> None:
+        if index:
+            index.one(query)
+        else:
+            search(query, served.gallery, 10, mapping.similarity)
+
+    report: dict[str, Any] = {"search": f"{index.kind}, {index.settings}" if index else "exact"}
+    report |= {"queries": min(TIMED, len(served.queries)), "vectors searched": len(served.gallery)}
+    steps: dict[str, tuple[Array, Callable[[Array], None]]] = {"search": (served.queries, one)}
+    if mapping.side == "query":
+        steps["adapter and search"] = data.new_queries, lambda query: one(mapping(query))
+    for name, (queries, step) in steps.items():
         times = []
-        for at in range(-10, count):  # ten to warm up
-            query = np.ascontiguousarray(queries[max(at, 0)][None])
+        for at in [0] * 10 + list(range(report["queries"])):  # ten to warm up
             start = time.perf_counter()
-            step(query)
+            step(queries[at : at + 1])
             times.append(1000 * (time.perf_counter() - start))
-        p50, p99 = np.quantile(times[10:], [0.5, 0.99])
-        report[name] = {"p50_ms": float(p50), "p99_ms": float(p99)}
+        report[f"{name}, ms"] = dict(zip(("p50", "p99"), np.quantile(times[10:], [0.5, 0.99])))
     return report
