@@ -156,6 +156,15 @@ def make_parser() -> ArgumentParser:
         )
     )
 
+    doors.audit_arguments(
+        command(
+            "audit",
+            "Is an adapter good enough to go without re-embedding? No labels needed.",
+            "compatbench audit --queries-old qo.npy --queries-new qn.npy --gallery-old go.npy --gallery-new gn.npy "
+            "--adapter adapter.safetensors",
+        )
+    )
+
     demo = command("demo", "Four methods on the bundled digits, in a minute.", "compatbench demo")
     demo.add_argument("--runs", type=Path, default=Path("runs"))
     return parser
@@ -427,6 +436,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "show": command_show,
     "evaluate": command_evaluate,
     "adapt": lambda args: doors.command_adapt(args, settings(args.set)),
+    "audit": doors.command_audit,
     "demo": command_demo,
 }
 

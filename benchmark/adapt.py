@@ -151,7 +151,13 @@ def fit(
             continue
         seconds = time.perf_counter() - start
         fidelity, shared = judge(adapter, *held, side, similarity)
-        notes = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count, "held out": len(held[0])}
+        notes: dict[str, object] = {
+            "side": side,
+            "similarity": similarity,
+            "seed": seed,
+            "pairs": data.count,
+            "held out": len(held[0]),
+        }
         notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
         fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
     if not fits:

@@ -37,7 +37,7 @@ TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "I8": "i1", "U
 class Vectors:
     """N embeddings of D dims in a file; opening reads its header only."""
 
-    dtype = np.dtype(np.float32)  # of what is stored, as far as a copy keeps it: float16 or float32
+    dtype: np.dtype = np.dtype(np.float32)  # of what is stored, as far as a copy keeps it: float16 or float32
 
     def __init__(self, path: Path):
         self.path = path

@@ -133,7 +133,7 @@ class _RawForm:
             return 0
 
     def write(self, vectors: np.ndarray) -> None:
-        self.writer.file.write(np.ascontiguousarray(vectors))
+        self.writer.file.write(np.ascontiguousarray(vectors).data)
 
     def note(self, done: int) -> None:
         if time.monotonic() - self.noted >= NOTE:

@@ -19,6 +19,13 @@ PROBES = 64  # vectors read back in the check
 AGAIN = 20_000  # vectors added again to time a rebuild
 
 
+def _faiss() -> Any:
+    """The package, imported at its first use; its own types say little of what its classes have."""
+    import faiss
+
+    return faiss
+
+
 class Index:
     """Search in terms of the rows of `vectors`, whatever labels the index gives.
 
@@ -37,8 +44,7 @@ class Index:
     def __init__(
         self, path: Path, vectors: Array, raw: Read, ids: NDArray | None, similarity: Similarity, settings: str | None
     ):
-        import faiss
-
+        faiss = _faiss()
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
@@ -108,8 +114,7 @@ class Index:
 
     def _rows(self, ids: NDArray | None) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """(labels, ascending; their rows), or None where the label is the row."""
-        import faiss
-
+        faiss = _faiss()
         if self.id_map is not None:
             labels = self.id_map
         elif hasattr(self.inner, "invlists"):
@@ -137,8 +142,7 @@ class Index:
 
     def _check(self, vectors: Array, raw: Read, similarity: Similarity) -> None:
         """Some vectors, read back, must be those of their rows (compressed: nearer to them than to others)."""
-        import faiss
-
+        faiss = _faiss()
         n = len(vectors)
         rows = np.unique(np.linspace(0, n - 1, min(PROBES, n)).astype(np.int64))
         labels = rows

@@ -143,7 +143,7 @@ class Judge:
         cut into 2, 4 and 8 parts, and the line through overlap@10 against log2 of the size is followed to the size in
         service. That is an extrapolation; only a larger sample proves it.
         """
-        data, n = self.data, self.data.size
+        n = self.data.size
         if self.full is None or self.size == n or n < 2 * PART_LEAST:
             if self.full is not None and self.size > n:
                 self.missing.append(f"overlap in {self.size:,} items cannot be told from {n}: embed a larger sample")
@@ -213,7 +213,11 @@ class Judge:
                 f"FAR {far:g} of the old system",
             )
         passed = {name: (way.best >= score).astype(float) for name, way in self.ways.items() if way.best is not None}
-        report = {"score": score, "frozen at": frozen, "accepted": bounds.estimates(passed, seed=self.seed)}
+        report: dict[str, Any] = {
+            "score": score,
+            "frozen at": frozen,
+            "accepted": bounds.estimates(passed, seed=self.seed),
+        }
         if labels is None:
             change = bounds.estimate(passed[ADAPTER] - passed[OLD], least=-1, seed=self.seed)
             bound = max(change.lower, change.upper, key=abs)

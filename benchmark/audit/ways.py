@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmark.adapt import Map
 from benchmark.audit.acceptance import Side
@@ -51,10 +52,14 @@ def serve(data: Data, mapping: Map, index: Path | None, settings: str | None) ->
     """The adapter applied to its side; the index opened and checked against what it should hold."""
     start = time.perf_counter()
     if mapping.side == "query":
-        queries, gallery, seconds, raw = mapping(data.new_queries), data.gallery, 0.0, data.gallery_file.take
+        queries, gallery, seconds = mapping(data.new_queries), data.gallery, 0.0
     else:
         queries, gallery = data.new_queries, mapping(data.gallery)
-        seconds, raw = (time.perf_counter() - start) / len(gallery), gallery.__getitem__
+        seconds = (time.perf_counter() - start) / len(gallery)
+
+    def raw(rows: NDArray[np.int64]) -> Array:
+        return data.gallery_file.take(rows) if mapping.side == "query" else gallery[rows]
+
     opened = Index(index, gallery, raw, data.gallery_file.ids, mapping.similarity, settings) if index else None
     return Served(mapping, queries, gallery, seconds, opened)
 
