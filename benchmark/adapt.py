@@ -151,14 +151,8 @@ def fit(
             continue
         seconds = time.perf_counter() - start
         fidelity, shared = judge(adapter, *held, side, similarity)
-        notes: dict[str, object] = {
-            "side": side,
-            "similarity": similarity,
-            "seed": seed,
-            "pairs": data.count,
-            "held out": len(held[0]),
-        }
-        notes |= {"fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
+        notes: dict[str, object] = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count}
+        notes |= {"held out": data.held, "fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
         fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
     if not fits:
         raise UserError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))

@@ -105,10 +105,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     ]
     sizes = report["sizes"]
     if trend:
-        by_size = ", ".join(
-            f"{100 * v:.1f} % in {int(n):,}"
-            for n, v in sorted(trend["overlap by size"].items(), key=lambda x: int(x[0]))
-        )
+        by_size = ", ".join(f"{100 * value:.1f} % in {int(n):,}" for n, value in trend["overlap by size"].items())
         slope = percent(trend["points per doubling"], signed=True).replace("\\", "")
         lines.append(
             f"bias of the sample: judged on {sizes['judged sample']:,} of {sizes['gallery in service']:,} items, the overlap is "
@@ -125,7 +122,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
 def _slices(report: Mapping[str, Any]) -> Table:
     rows = report["slices"]
     table = _table(
-        f"worst of {len(rows)} slices, overlap@10 in % (bounds hold for all of them at once)",
+        f"worst of {len(rows)} slices, in %; the bounds hold for all of them at once",
         "slice",
         "queries",
         "overlap@10",
