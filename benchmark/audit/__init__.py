@@ -99,7 +99,7 @@ def audit(
         },
         "overlap": judge.overlaps(),
         "index": judge.index(),
-        "trend": judge.trend(),
+        "sample bias": judge.sample_bias(),
         "slices": judge.slices(),
         "threshold": judge.threshold(accept, far),
         "labelled": judge.labelled(),

@@ -16,138 +16,137 @@ SLICES = 5  # shown of the worst
 Estimate = Mapping[str, Any]
 
 
-def percent(found: Estimate, signed: bool = False) -> str:
+def percent(found: Estimate | None, digits: int = 1) -> str:
     """Value with its bounds in percent: 93.1 [91.8, 94.2]."""
-    sign = "+" if signed else ""
-    value, lower, upper = (f"{100 * found[key]:{sign}.1f}" for key in ("value", "lower", "upper"))
-    return f"{value} \\[{lower}, {upper}]"
+    if found is None:
+        return "–"
+    value, lower, upper = (f"{100 * found[key]:.{digits}f}" for key in ("value", "lower", "upper"))
+    return value if found["bounds"] == "by definition" else f"{value} [{lower}, {upper}]"
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
     sizes, adapter = report["sizes"], report["adapter"]
-    lines = [
-        f"{adapter['method']}, {adapter['side']} side, {adapter['similarity']}; "
-        + ", ".join(f"{name} {count:,}" for name, count in sizes.items()),
-        *report["notes"],
+    head = f"{adapter['method']}, {adapter['side']} side, {adapter['similarity']}; "
+    parts: list[RenderableType] = [
+        _lines(head + ", ".join(f"{name} {count:,}" for name, count in sizes.items()), *report["notes"]),
+        *_ways(report),
     ]
-    parts: list[RenderableType] = [Text("\n".join(lines)), _ways(report)]
-    if report["index"]:
-        parts.append(_index(report))
-    parts += [Text("\n".join(_lines(report)))]
-    if report["slices"]:
-        parts.append(_slices(report))
-    return Group(*parts, _checks(report))
+    for part in ("index", "labelled", "slices"):
+        if report[part]:
+            parts += {"index": _index, "labelled": _labelled, "slices": _slices}[part](report)
+    latency = report["latency"]
+    times = [
+        f"{name.removesuffix(', ms')} {ms['p50']:.2f} / {ms['p99']:.2f} ms"
+        for name, ms in latency.items() if name.endswith(", ms")
+    ]  # fmt: skip
+    parts += [
+        _lines(
+            "",
+            f"Latency, p50 / p99 of {latency['queries']} single queries, {latency['search']} search of "
+            f"{latency['vectors searched']:,} vectors: {'; '.join(times)}",
+            _bias(report),
+        ),
+        *_checks(report),
+    ]
+    return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
+def _lines(*lines: str) -> Text:
+    return Text("\n".join(lines))
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     return table
 
 
-def _ways(report: Mapping[str, Any]) -> Table:
-    overlaps = report["overlap"].get("ways", {})
+def _row(table: Table, name: str, *found: Estimate | None) -> None:
+    table.add_row(name, *(Text(percent(one)) for one in found))
+
+
+def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
+    overlaps, threshold = report["overlap"].get("ways", {}), report["threshold"]
     ks = list(next(iter(overlaps.values()))) if overlaps else []
-    labelled, threshold = report["labelled"], report["threshold"]
-    columns = [f"overlap@{k}" for k in ks] + ["accepted"]
-    columns += ["recall@1", "negative flips", "FAR", "TAR"] if labelled else []
-    table = _table(
-        "ways to serve, %, with 95 % bounds to either side",
-        "way",
-        *columns,
-        "embed again",
-        "write",
-        "hours",
-        "encoders",
-    )
-    none: dict[str, Any] = {}
+    judged = _table("way to serve, %", *(f"overlap@{k}" for k in ks), "accepted")
+    costs = _table("to get there", "embed again", "write", "hours", "encoders a query")
     for name, cost in report["costs"].items():
-        cells = [overlaps.get(name, none).get(k) for k in ks] + [threshold["accepted"].get(name)]
-        if labelled:
-            cells += [labelled["recall"][name]["1"], labelled["negative flips"].get(name)]
-            cells += [threshold[rate].get(name) for rate in ("far", "tar")]
+        _row(judged, name, *(overlaps.get(name, {}).get(k) for k in ks), threshold["accepted"].get(name))
         hours = "?" if cost["seconds"] is None else f"{cost['seconds'] / 3600:.2g}"
-        row = ["–" if cell is None else percent(cell) for cell in cells]
-        table.add_row(
-            name, *row, f"{cost['vectors embedded again']:,}", f"{cost['vectors written']:,}", hours,
-            str(cost["encoders a query"]),
-        )  # fmt: skip
-    table.caption = (
-        f"overlap@k: with what the full backfill finds. accepted: best matches at {threshold['score']:.4f}, the threshold frozen "
-        f"at {threshold['frozen at']}. hours: to embed again and write, without the index; ? needs --encoder-rate."
+        count = f"{cost['vectors embedded again']:,}", f"{cost['vectors written']:,}"
+        costs.add_row(name, *count, hours, str(cost["encoders a query"]))
+    said = (
+        "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches that "
+        f"reach {threshold['score']:.4f}, the threshold frozen at: {threshold['frozen at']}.",
+        "hours: to embed again and write, without building an index; ? needs --encoder-rate.",
     )
-    return table
+    return [judged, _lines(said[0]), costs, _lines(said[1])]
 
 
-def _index(report: Mapping[str, Any]) -> Table:
-    index, loss = report["index"], report["overlap"].get("loss")
+def _index(report: Mapping[str, Any]) -> list[RenderableType]:
+    index, loss = report["index"], report["overlap"].get("loss", {})
     ks = list(next(iter(index["recall"].values())))
-    table = _table(f"index: {index['kind']}, {index['settings']}, %", "", *(f"@{k}" for k in ks))
+    table = _table(f"{index['kind']}, {index['settings']}, %", *(f"@{k}" for k in ks))
     for who, found in index["recall"].items():
-        table.add_row(f"found of the exact first k, {who}", *(percent(found[k]) for k in ks))
-    for part in loss or {}:
-        table.add_row(f"overlap lost by the {part}", *(percent(loss[part][k]) for k in ks))
+        _row(table, f"{who}: found of the exact first k", *(found[k] for k in ks))
+    for part, found in loss.items():
+        _row(table, f"overlap lost by the {part}", *(found[k] for k in ks))
     seconds = index["seconds to add all vectors again"]
-    table.caption = f"to add all vectors again, without training: about {seconds:,.1f} s of this machine"
-    return table
+    return [table, _lines(f"To add all vectors to the index again, without training: about {seconds:,.1f} s.")]
 
 
-def _lines(report: Mapping[str, Any]) -> list[str]:
-    latency, trend = report["latency"], report["trend"]
-    times = [
-        f"{name.removesuffix(', ms')} {ms['p50']:.2f} / {ms['p99']:.2f} ms"
-        for name, ms in latency.items() if name.endswith(", ms")
-    ]  # fmt: skip
-    lines = [
-        f"latency p50 / p99 of {latency['queries']} single queries, {latency['search']}, {latency['vectors searched']:,} vectors: "
-        + "; ".join(times)
+def _labelled(report: Mapping[str, Any]) -> list[RenderableType]:
+    found, threshold = report["labelled"], report["threshold"]
+    ks = [k for k in next(iter(found["recall"].values())) if k != "100"]
+    table = _table("with labels, %", *(f"recall@{k}" for k in ks), "negative flips", "TAR", "FAR")
+    for name, recall in found["recall"].items():
+        far = threshold["far"].get(name)
+        others = (found["negative flips"].get(name), threshold["tar"].get(name))
+        cells = [percent(one) for one in (*(recall[k] for k in ks), *others)]
+        table.add_row(name, *map(Text, (*cells, percent(far, 3))))
+    dropped = f"; {found['dropped']} queries without a right item are left out" if found["dropped"] else ""
+    return [
+        table,
+        _lines(f"recall@k: queries with a right item among the first k; TAR, FAR: at the frozen threshold{dropped}."),
     ]
-    sizes = report["sizes"]
-    if trend:
-        by_size = ", ".join(f"{100 * value:.1f} % in {int(n):,}" for n, value in trend["overlap by size"].items())
-        slope = percent(trend["points per doubling"], signed=True).replace("\\", "")
-        lines.append(
-            f"bias of the sample: judged on {sizes['judged sample']:,} of {sizes['gallery in service']:,} items, the overlap is "
-            f"{trend['the sample is']}: {by_size}; {slope} points a doubling; extrapolated "
-            f"{percent(trend['in service'])} %".replace("\\", "")
-        )
-    elif sizes["judged sample"] == sizes["gallery in service"]:
-        lines.append(
-            "bias of the sample: none, the whole gallery is judged (if there is more in service: --gallery-size)"
-        )
-    return lines
 
 
-def _slices(report: Mapping[str, Any]) -> Table:
+def _slices(report: Mapping[str, Any]) -> list[RenderableType]:
     rows = report["slices"]
-    table = _table(
-        f"worst of {len(rows)} slices, in %; the bounds hold for all of them at once",
-        "slice",
-        "queries",
-        "overlap@10",
-    )
+    table = _table("slice", "queries", "overlap@10, %")
     for row in rows[:SLICES]:
-        table.add_row(f"{row['column']} = {row['value']}", f"{row['overlap']['n']:,}", percent(row["overlap"]))
-    return table
+        table.add_row(f"{row['column']} = {row['value']}", f"{row['overlap']['n']:,}", Text(percent(row["overlap"])))
+    return [table, _lines(f"The worst of {len(rows)} slices; the bounds hold for all of them at once.")]
 
 
-def _checks(report: Mapping[str, Any]) -> RenderableType:
-    table = _table("requirements", "what", "measured", "95 % bound", "required", "n", "")
+def _bias(report: Mapping[str, Any]) -> str:
+    bias, sizes = report["sample bias"], report["sizes"]
+    if bias is None:
+        if sizes["judged sample"] < sizes["gallery in service"]:
+            return "Bias of the sample: unknown."
+        return "Bias of the sample: none, all of the gallery is judged (if more is in service: --gallery-size)."
+    how = "extrapolated to" if bias["extrapolated"] else "read off at"
+    return (
+        f"Bias of the sample: overlap@10 among {sizes['judged sample']:,} of {sizes['gallery in service']:,} items stands for "
+        f"overlap@{bias['stands for depth']:.0f} of all; as overlap@10 of all, {how} depth {bias['read off at depth']:.2g} of the "
+        f"sample, the figure is {bias['the sample is']} by {percent(bias['too high by'])} points."
+    )
+
+
+def _checks(report: Mapping[str, Any]) -> list[RenderableType]:
+    table = _table("required for a GO", "measured", "95 % bound", "required", "n", "")
     for check in report["checks"]:
         found, mark = check["found"], "[green]met[/]" if check["met"] else "[red]not met[/]"
-        table.add_row(
-            check["what"], f"{found['value']:.3f}", f"{check['bound']:.3f}", check["required"], f"{found['n']:,}", mark
-        )
-    unmet = sum(not check["met"] for check in report["checks"])
-    why = (
-        f"{unmet} of {len(report['checks'])} requirements not met"
-        if unmet
-        else "every requirement is met at 95 % confidence"
-    )
-    go = report["verdict"] == "GO"
+        values = f"{found['value']:.4f}", f"{check['bound']:.4f}"
+        table.add_row(check["what"], *values, check["required"], f"{found['n']:,}", mark)
+    unmet, go = sum(not check["met"] for check in report["checks"]), report["verdict"] == "GO"
+    said = f"{unmet} of {len(report['checks'])} requirements not met" if unmet else "every requirement is met"
     missing = "".join(f"\nnot shown: {line}" for line in report["missing"])
-    return Group(table, Text(f"{report['verdict']}: {why}{missing}", style="bold green" if go else "bold red"))
+    return [
+        table,
+        Text(f"{report['verdict']}: {said}, at 95 % confidence each{missing}", "bold green" if go else "bold red"),
+    ]
 
 
 def picture(report: Mapping[str, Any]) -> Figure:
