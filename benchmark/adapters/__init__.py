@@ -67,9 +67,13 @@ def rebuild(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Adap
     try:
         with torch.device("meta"):  # dims are a file's word: nothing is allocated for them before they are checked
             adapter = KINDS[kind].build(**fields)
-        adapter.load_state_dict({name: value.clone() for name, value in state_dict.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{kind}: numbers and config {fields} do not fit ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{kind}: its config {fields} is not understood ({str(error).splitlines()[0]})") from None
+    expected = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state_dict.items()}
+    if given != expected:
+        raise UserError(f"{kind}: its config asks for numbers of shapes {expected}, got {given}")
+    adapter.load_state_dict({name: value.clone() for name, value in state_dict.items()}, assign=True)
     return adapter.eval().requires_grad_(False)
 
 

@@ -31,7 +31,7 @@ class LambdaOrthogonal(Affine):
     W^T W, W W^T. Its alpha was not available to us; 10 is ours.
 
     Args:
-        threshold: lambda >= 0. Paper: 12.
+        threshold: lambda >= 0. Paper: 12. Mind the dims: a map that halves all lengths has n = 0.75 sqrt(d).
         weight: of the regulariser, > 0. Paper: 1.
         alpha: steepness of its onset, > 0.
     """
@@ -62,7 +62,7 @@ class LambdaOrthogonal(Affine):
 def regulariser(matrix: Tensor, threshold: float, weight: float, alpha: float, rounding: float = 1e-4) -> Tensor:
     """weight * sigmoid(alpha (n - threshold)) n; `rounding` takes the kink off n at 0, where descent would stall."""
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt() - rounding
+    n = (gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum().add(rounding**2).sqrt()
     return weight * torch.sigmoid(alpha * (n - threshold)) * n
 
 
@@ -230,8 +230,10 @@ class LocalProcrustes(Adapter):
         return torch.softmax(-apart / (self.hyperparameters["temperature"] * self.spread), 1)
 
     def _map(self, x: Tensor) -> Tensor:
-        shares = self.routing(x).unbind(1)
-        return torch.stack([share[:, None] * (x @ weight) for share, weight in zip(shares, self.weight)]).sum(0)
+        y = x.new_zeros(len(x), self.target_dim)
+        for share, weight in zip(self.routing(x).T, self.weight):
+            y = y + share[:, None] * (x @ weight)
+        return y
 
     @property
     def multiply_adds(self) -> int:

@@ -114,9 +114,10 @@ class Affine(Adapter):
 
 
 class Procrustes(Affine):
-    """y = x R, the orthogonal R nearest to the pairs: R = P Q^T with X^T Y = P S Q^T (Schoenemann, Psychometrika 1966).
+    """y = x R, the orthonormal R of the largest mean <x R, y>: R = P Q^T with X^T Y = P S Q^T (Schoenemann 1966).
 
-    d_s < d_t: R R^T = I, norms and angles are kept. d_s > d_t: R^T R = I, the output is shorter; normalise it for cosines.
+    d_s <= d_t: R R^T = I, norms and angles are kept, and the squared error is the least. d_s > d_t: R^T R = I, outputs
+    are shorter: normalise them for cosines.
 
     Args:
         centred: y = (x - mean_x) R + mean_y.
