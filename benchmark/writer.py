@@ -75,16 +75,17 @@ class Writer:
         self.form.note(self.done)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        whole = error is None and self.done == len(self.like)
         with self._explained():
-            if error is None and self.done < len(self.like):
-                raise ValueError(f"{self.done} of {len(self.like)} rows were written")
-            self.form.close(error is None)
-            if error is None:
+            self.form.close(whole)
+            if whole:
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 self.partial.replace(self.out)
                 self.notes.unlink(missing_ok=True)
             self.file.close()
+        if error is None and not whole:
+            raise ValueError(f"{self.done} of {len(self.like)} rows were written")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
