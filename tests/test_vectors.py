@@ -134,7 +134,7 @@ def test_columns_are_integers_or_text(tmp_path: Path) -> None:
     vectors = open_vectors(parquet(tmp_path / "x.parquet", lists("fixed", pa.float32()), **values))
     assert vectors.column("whole").dtype.kind == "i" and vectors.column("nulls")[:2].tolist() == ["null", "1"]
     assert vectors.column("word").tolist() == SHOPS and set(vectors.column("yes")) == {"true", "false"}
-    with pytest.raises(UserError, match="unknown column of .*x.parquet 'wrod'; did you mean: word"):
+    with pytest.raises(UserError, match=r"unknown column of .*x.parquet 'wrod'; did you mean: word"):
         vectors.column("wrod")
 
 
@@ -243,12 +243,12 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(case: str, tmp_path: 
 
 def test_outputs_that_would_do_harm_are_refused(tmp_path: Path) -> None:
     vectors = open_vectors(FILES["npy"](tmp_path))
-    with pytest.raises(UserError, match="the output has the input's format; name it out.npy"):
+    with pytest.raises(UserError, match=r"the output has the input's format; name it out\.npy"):
         Writer(tmp_path / "out.parquet", vectors, D, "key")
     with pytest.raises(UserError, match="would replace its own input"):
         Writer(tmp_path / "x.npy", vectors, D, "key")
     with (
-        pytest.raises(UserError, match="cannot write .*out.npy"),
+        pytest.raises(UserError, match=r"cannot write .*out\.npy"),
         Writer(tmp_path / "x.npy/out.npy", vectors, D, "key"),
     ):
         pass
