@@ -155,7 +155,9 @@ def fit(
         notes |= {"held out": data.held, "fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
         fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
     if not fits:
-        raise UserError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+        raise UserError(
+            "; ".join(reason if name in reason else f"{name}: {reason}" for name, reason in refused.items())
+        )
     return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
 
 

@@ -155,7 +155,7 @@ def _show(console: Any, fits: Fits) -> None:
     notes = fits.ranked[0].notes
     table = Table(title=f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side")
     for column in ("method", "overlap@10", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for fit in fits.ranked:
         table.add_row(
             fit.adapter.kind, f"{fit.overlap:.4f}", f"{fit.fidelity:.4f}", f"{fit.adapter.parameters_count:,}",

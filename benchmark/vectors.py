@@ -250,7 +250,7 @@ class Parquet(Vectors):
             if values.null_count:
                 row = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // self.dim
                 raise UserError(f"{self}: the vector of row {at + row} has a null in it; remove such rows")
-            chunk = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, self.dim)
+            chunk = values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, self.dim)
             if at + len(chunk) > start:
                 yield chunk[max(0, start - at) :]
             at += len(chunk)
