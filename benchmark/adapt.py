@@ -235,6 +235,7 @@ def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity
     source; the reference is target against target. With less than 12 pairs there are only N - 2 neighbours to compare.
     """
     mapped = served(adapter, source, similarity)
+    target = unit(target, "target") if similarity == "cosine" else target
     fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
     asked = (mapped, target) if side == "query" else (target, mapped)
     k, own = min(K, len(source) - 2), np.arange(len(source))

@@ -312,8 +312,10 @@ BAD = {
             lambda d: parquet(d / "n.parquet", changed(X_NEW, 44, 0.0), IDS[::-1]),
             lambda d: parquet(d / "o.parquet", X_OLD, IDS)),
         "n.parquet: row 44 is a zero vector"),
-    "unknown method": (fits(None, None, "--method", "Procrustean"), "unknown method 'Procrustean'; did you mean: LocalProcrustes, Procrustes"),
-    "unknown setting": (fits(None, None, "--set", "lambda=3"), "Procrustes: unknown hyperparameter"),
+    "unknown method": (
+        fits(None, None, "--method", "Procrustean"),
+        "unknown method 'Procrustean'; did you mean: LocalProcrustes, Procrustes"),
+    "unknown setting": (fits(None, None, "--set", "lambda=3"), "unknown hyperparameter of Procrustes 'lambda'; known: "),
     "settings of two": (fits(None, None, "--method", "Ridge", "Procrustes", "--set", "rho=1"), "--set belongs to one method"),
     "no such map between these dims": (
         fits(None, None, "--method", "Diagonal"), "compatbench: Diagonal needs equal dims, got 12 and 8"),
