@@ -29,8 +29,10 @@ from benchmark.adapters.maps import RHOS, ConstantShift, Diagonal, Identity, Low
 from benchmark.adapters.pairs import Moments, Screen, check_pairs
 from benchmark.errors import UserError, unknown
 from benchmark.files import write_bytes
+from benchmark.fusion import ALPHAS, B0, FUSIONS, GRIDS, S0, adaptive, fuse, nlerp, slerp
 
 __all__ = ["KINDS", "RHOS", "Adapter", "Moments", "Screen", "check_pairs", "fit", "load", "rebuild", "save"]
+__all__ += ["ALPHAS", "B0", "FUSIONS", "GRIDS", "S0", "adaptive", "fuse", "nlerp", "slerp"]
 
 KINDS: dict[str, type[Adapter]] = {
     cls.__name__: cls

@@ -93,7 +93,8 @@ class ResidualMLP(Adapter):
     """y = x A + b + GELU(LN(x) W1 + b1) W2, trained from A = Procrustes, b = 0, W2 = 0, so that it starts as that map.
 
     AdamW on 90 % of the pairs; of all epochs and the start, the one with the best mean cosine on the other 10 % is kept,
-    and training stops after `PATIENCE` epochs without a better one.
+    and training stops after `PATIENCE` epochs without a better one. The family is Drift-Adapter's (arXiv 2509.23471), whose
+    width and rate were not available to us.
 
     Args:
         hidden: width; None = 4 d_t.

@@ -171,7 +171,8 @@ class LowRank(Adapter):
     """y = (x D) U + b with D (d_s, r), U (r, d_t): the best map of rank r under the ridge's own loss.
 
     Reduced-rank ridge regression: W V V^T with W of `Ridge` and V the top r eigenvectors of W^T (X^T X + lam I) W
-    (Mukherjee and Zhu, Statistical Analysis and Data Mining 2011); without lam, of Yhat^T Yhat.
+    (Mukherjee and Zhu, Statistical Analysis and Data Mining 2011); without lam, of Yhat^T Yhat. The family is
+    Drift-Adapter's too (arXiv 2509.23471), whose rank was not available to us.
 
     Args:
         rank: cut to min(d_s, d_t).
