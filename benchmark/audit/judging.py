@@ -135,14 +135,14 @@ class Judge:
 
         A random sample holds each of the first K of all items with probability s = n / N, in either ranking and in what the
         two have in common. So overlap@k of the sample stands for overlap@(k / s) of the whole, up to the luck of the draw,
-        which parts the two rankings and so lowers overlap@k where k is small. Whether that is too high depends on how overlap changes with depth. An
-        adapter moves scores by some error; the items exchanged across place K are to K as the error times the density of
-        scores there is to the share above: as the hazard rate of the scores. Cosines end at 1, their upper tail is lighter
-        than an exponential one, and its hazard rises towards the top: overlap@10 of all is lower, the sample is optimistic.
-        Near duplicates, far above all else, make the top places safe: then it is pessimistic. So it is measured: overlap@10
-        of all is read off the sample at depth 10 s, where it errs, if at all, to the low side. Where that is less than one
-        item, the line through depths 1 and 4 (in log2) is followed, but never upwards: an extrapolation, which only a larger
-        sample proves.
+        which parts the two rankings and so lowers overlap@k where k is small. Whether that is too high depends on how
+        overlap changes with depth. An adapter moves scores by some error; the items exchanged across place K are to K as
+        the error times the density of scores there is to the share above it: as the hazard rate of the scores. Cosines end
+        at 1, their upper tail is lighter than an exponential one, so the hazard rises towards the top and overlap@10 of all
+        is lower: the sample is optimistic. Near duplicates, far above all else, make the top places safe: then it is
+        pessimistic. So it is measured: overlap@10 of all is read off the sample at depth 10 s, where it errs, if at all, to
+        the low side. Where that is less than one item, the line through depths 1 and 4 (in log2) is followed, but never
+        upwards: an extrapolation, which only a larger sample proves.
         """
         n, full = self.data.size, self.full
         if full is None or self.size == n:
@@ -160,11 +160,14 @@ class Judge:
         least = float(there.min()) - 1
         found = bounds.estimate(there + self.chain - self.exact, least=least, seed=self.seed)
         bias = bounds.estimate(self.exact - there, least=-1, seed=self.seed)
+        word = (
+            "optimistic, at most" if bias.lower > 0 else "pessimistic, at least" if bias.upper < 0 else "fair, within"
+        )
         self._least(f"{self.what}, of all {self.size:,} items", found, self.require.overlap)
         return {
             "stands for depth": K / n * self.size, "read off at depth": depth, "extrapolated": depth < 1,
             "in service": found, "too high by": bias,
-            "the sample is": "optimistic, at most" if bias.lower > 0 else "pessimistic, at least" if bias.upper < 0 else "fair, within",
+            "the sample is": word,
         }  # fmt: skip
 
     def slices(self) -> list[dict[str, Any]]:
