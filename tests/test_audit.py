@@ -348,6 +348,25 @@ def test_an_index_may_know_the_gallery_by_its_ids(files: dict[str, Path], adapte
         assert report["index"]["recall"]["adapted queries"]["10"]["value"] > 0.97, factory
 
 
+def test_on_the_gallery_side_the_index_is_over_what_was_adapted(files: dict[str, Path], tmp_path: Path) -> None:
+    (best,) = fit(files["po"], files["pn"], ["Ridge"], side="gallery").ranked
+    adapters.save(tmp_path / "g.safetensors", best.adapter, best.notes)
+    moved = mapped(tmp_path / "g.safetensors", G_OLD)
+    index = index_of(tmp_path / "i.faiss", "IVF8,Flat", moved, nprobe=2)
+    report = audit(*four(files), adapter=tmp_path / "g.safetensors", index=index)
+    full, exact = nearest(Q_NEW, G_NEW, 10), nearest(Q_NEW, moved, 10)
+    got = faiss.read_index(str(index)).search(unit(Q_NEW).astype(np.float32), 10)[1].tolist()
+    ways = report["overlap"]["ways"]
+    assert ways["adapter"]["10"]["value"] == pytest.approx(shared(exact, full, 10).mean(), abs=2e-3)
+    assert ways["adapter and index"]["10"]["value"] == pytest.approx(shared(got, full, 10).mean(), abs=2e-3)
+    assert set(report["index"]["recall"]) == {"adapted queries"} and "adapter and search, ms" not in report["latency"]
+    assert report["costs"]["adapter"]["vectors written"] == NG and report["costs"]["adapter"]["seconds"] > 0
+    with pytest.raises(
+        UserError, match=r"8 dims, the vectors to be searched have 12; .* on the gallery side over the adapted"
+    ):
+        audit(*four(files), adapter=tmp_path / "g.safetensors", index=index_of(tmp_path / "o.faiss", "Flat", G_OLD))
+
+
 def test_an_index_over_more_than_the_sample_bounds_the_loss_of_both(
     files: dict[str, Path], adapter: Path, tmp_path: Path
 ) -> None:
@@ -564,6 +583,13 @@ def binary(folder: Path) -> Path:
     return folder / "b.faiss"
 
 
+def inner_products(folder: Path) -> Path:
+    index = faiss.IndexFlatIP(OLD)
+    index.add(G_OLD)
+    faiss.write_index(index, str(folder / "p.faiss"))
+    return folder / "p.faiss"
+
+
 def labels(folder: Path, array: np.ndarray) -> str:
     return str(npy(folder, labels=array)["labels"])
 
@@ -600,6 +626,9 @@ BAD = {
         case(index=faiss_file("Flat", G_OLD, False)),
         "not put to unit length, so it does not search by cosine"),
     "an index that gives nothing back": (case(index=faiss_file("LSH", G_OLD)), "LSH cannot give back its vectors"),
+    "an index of inner products": (
+        case(adapter=None, pairs=lambda d: (d / "po.npy", d / "pn.npy"), similarity="l2", index=inner_products),
+        "searches by inner product, not by L2"),
     "a setting of another index": (
         case(index=faiss_file("Flat", G_OLD), settings="nprobe=3"),
         "--search 'nprobe=3' is no setting of Flat"),

@@ -6,7 +6,7 @@ way has among its own first k. Ways: the adapter; the old model as before; two i
 that were re-embedded) whose lists are merged by reciprocal rank fusion; the full backfill itself, at overlap 1.
 
 Queries are resampled for the bounds, the gallery is held fixed. All requirements must hold, each at 95 % confidence, so a
-wrong GO has a chance of at most 5 % (an intersection-union test needs no correction for their number).
+wrong GO has a chance of about 5 % at most (an intersection-union test needs no correction for their number).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def audit(
     require: Requirements = Requirements(),  # noqa: B008, frozen
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The whole report as JSON values; `audit_report` shows it.
+    """The whole report as JSON values; `benchmark.audit.report` shows it.
 
     Args:
         queries_old, queries_new: the same queries by both models.
