@@ -74,19 +74,23 @@ class Map:
             raise UserError(f"{path}: does not say side and similarity; fit it with `compatbench adapt`")
         return cls(adapter, side, similarity, sha256_file(path))  # type: ignore[arg-type]
 
+    def check(self, dim: int, name: str) -> None:
+        """Refuses vectors `name` of the wrong model."""
+        if dim != self.adapter.source_dim:
+            swapped = ", not those of the other" if dim == self.adapter.target_dim else ""
+            raise UserError(
+                f"{name} has {dim} dims, the adapter maps {self.adapter.source_dim} to {self.adapter.target_dim}: give "
+                f"embeddings of the {'new' if self.side == 'query' else 'old'} model{swapped}"
+            )
+
     def __call__(self, vectors: Array, name: str = "the input", first: int = 0) -> Array:
         """(n, d_s) -> (n, d_t); `name` and the row number `first` of vectors[0] are for error lines."""
-        if vectors.shape[1] != self.adapter.source_dim:
-            swapped = vectors.shape[1] == self.adapter.target_dim
-            raise UserError(
-                f"{name} has {vectors.shape[1]} dims, the adapter maps {self.adapter.source_dim} to {self.adapter.target_dim}: "
-                f"give embeddings of the {'new' if self.side == 'query' else 'old'} model"
-                + (", not those of the other" if swapped else "")
-            )
+        self.check(vectors.shape[1], name)
         return served(self.adapter, vectors, self.similarity, name, first)
 
 
 def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str = "the input", first: int = 0) -> Array:
+    """`Map` of an adapter that is not in a file."""
     if similarity == "cosine":
         vectors = unit(vectors, name, first)
     with torch.inference_mode():
@@ -256,7 +260,7 @@ def apply(path: Path, adapter: Path, out: Path, progress: Progress = quiet) -> t
         UserError: one line: dims that disagree, NaN, zero vectors, what `Writer` refuses.
     """
     mapping, vectors = Map.load(adapter), open_vectors(path)
-    mapping(np.ones((1, vectors.dim), np.float32), str(path))  # dims that disagree: before anything is written
+    mapping.check(vectors.dim, str(path))
     with Writer(out, vectors, mapping.adapter.target_dim, mapping.key) as writer:
         before = writer.done
         progress(before, len(vectors))
