@@ -126,7 +126,7 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
         with bar(f"adapting {args.apply.name}") as progress:
             rows, before = apply(args.apply, args.adapter, args.out, progress)
         resumed = f" (the first {before:,} by an earlier run)" if before else ""
-        console.print(f"{rows:,} vectors adapted{resumed}: {args.out}", soft_wrap=True)
+        console.print(f"{rows:,} vectors adapted{resumed}: {args.out}", soft_wrap=True, markup=False)
         return
     if not (args.old and args.new) or args.adapter:
         raise UserError("give --old and --new to fit an adapter, or --apply and --adapter to use one")
@@ -143,10 +143,10 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
         )  # fmt: skip
     best = fits.ranked[0]
     adapters.save(args.out, best.adapter, best.notes)
-    console.print(fits.note, soft_wrap=True)
+    console.print(fits.note, soft_wrap=True, markup=False)
     _show(console, fits)
-    console.print(f"{best.adapter.kind} written: {args.out}", soft_wrap=True)
-    console.print(f"next: compatbench adapt --apply FILE --adapter {args.out} --out OUT", soft_wrap=True)
+    console.print(f"{best.adapter.kind} written: {args.out}", soft_wrap=True, markup=False)
+    console.print(f"next: compatbench adapt --apply FILE --adapter {args.out} --out OUT", soft_wrap=True, markup=False)
 
 
 def _show(console: Any, fits: Fits) -> None:
@@ -167,7 +167,7 @@ def _show(console: Any, fits: Fits) -> None:
     )
     console.print(table)
     for name, reason in fits.refused.items():
-        console.print(f"{name} left out: {reason}", soft_wrap=True, highlight=False)
+        console.print(f"{name} left out: {reason}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager

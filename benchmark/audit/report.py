@@ -20,7 +20,7 @@ def percent(found: Estimate | None, digits: int = 1) -> str:
     """Value with its bounds in percent: 93.1 [91.8, 94.2]."""
     if found is None:
         return "–"
-    value, lower, upper = (f"{100 * found[key]:.{digits}f}" for key in ("value", "lower", "upper"))
+    value, lower, upper = (f"{100 * found[key]:z.{digits}f}" for key in ("value", "lower", "upper"))
     return value if found["bounds"] == "by definition" else f"{value} [{lower}, {upper}]"
 
 
@@ -116,7 +116,9 @@ def _slices(report: Mapping[str, Any]) -> list[RenderableType]:
     rows = report["slices"]
     table = _table("slice", "queries", "overlap@10, %")
     for row in rows[:SLICES]:
-        table.add_row(f"{row['column']} = {row['value']}", f"{row['overlap']['n']:,}", Text(percent(row["overlap"])))
+        table.add_row(
+            Text(f"{row['column']} = {row['value']}"), f"{row['overlap']['n']:,}", Text(percent(row["overlap"]))
+        )
     return [table, _lines(f"The worst of {len(rows)} slices; the bounds hold for all of them at once.")]
 
 
@@ -139,7 +141,7 @@ def _checks(report: Mapping[str, Any]) -> list[RenderableType]:
     for check in report["checks"]:
         found, mark = check["found"], "[green]met[/]" if check["met"] else "[red]not met[/]"
         values = f"{found['value']:.4f}", f"{check['bound']:.4f}"
-        table.add_row(check["what"], *values, check["required"], f"{found['n']:,}", mark)
+        table.add_row(Text(check["what"]), *values, check["required"], f"{found['n']:,}", mark)
     unmet, go = sum(not check["met"] for check in report["checks"]), report["verdict"] == "GO"
     said = f"{unmet} of {len(report['checks'])} requirements not met" if unmet else "every requirement is met"
     missing = "".join(f"\nnot shown: {line}" for line in report["missing"])
