@@ -13,7 +13,7 @@ from benchmark.vectors import Array
 
 Similarity = Literal["cosine", "l2"]
 Rows = NDArray[np.int64]  # (Nq, k); -1 where there is none
-SCORES = 2**25  # scores held at a time: 128 MiB
+SCORES = 2**23  # scores held at a time: 32 MiB
 
 
 class Found(NamedTuple):
@@ -28,7 +28,7 @@ def search(
 
     own: (Nq,) the gallery row that is the query's own item and no candidate; -1 = none.
     """
-    g, parts, step = torch.from_numpy(gallery), [], max(1, SCORES // len(gallery))
+    g, parts, step = torch.from_numpy(gallery), [], batch(len(gallery))
     for start in range(0, len(queries), step):
         scores = score(torch.from_numpy(queries[start : start + step]), g, similarity)
         if own is not None:
@@ -38,6 +38,11 @@ def search(
     rows = torch.cat([part.indices for part in parts])
     values = torch.cat([part.values for part in parts])
     return Found(rows.masked_fill_(values == -torch.inf, -1).numpy(), values.numpy())
+
+
+def batch(gallery: int) -> int:
+    """Queries to compare at a time; not too few, since each time the whole gallery is read."""
+    return max(64, SCORES // gallery)
 
 
 def score(q: torch.Tensor, g: torch.Tensor, similarity: Similarity) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmark.neighbours import SCORES, Similarity, score
+from benchmark.neighbours import Similarity, batch, score
 from benchmark.vectors import Array
 
 
@@ -64,7 +64,7 @@ def pairs_at(side: Side, labels: Labels, similarity: Similarity, threshold: floa
 
 def _blocks(side: Side, labels: Labels, similarity: Similarity):
     """Scores (n, Ng) with masks of genuine and of impostor pairs, some queries at a time."""
-    gallery, step = torch.from_numpy(side.gallery), max(1, SCORES // len(side.gallery))
+    gallery, step = torch.from_numpy(side.gallery), batch(len(side.gallery))
     for start in range(0, len(side.queries), step):
         rows = slice(start, start + step)
         scores = score(torch.from_numpy(side.queries[rows]), gallery, similarity).numpy()
