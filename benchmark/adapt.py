@@ -192,20 +192,25 @@ class _Pairs:
 
     def read(self, memory: bool, progress: Progress) -> tuple[Moments, tuple[Tensor, Tensor], tuple[Array, Array]]:
         """Sums over the pairs to fit to; if asked for, those pairs; the held-out ones. One pass through both files."""
-        moments, at = Moments(self.source.dim, self.target.dim), 0
-        kept: list[tuple[Array, Array]] = []
-        held: list[tuple[Array, Array]] = []
-        for x, y in self._chunks():
-            kind = self.kind[at : at + len(x)]
-            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in (x, y)))
-            held.append((x[kind == 1], y[kind == 1]))
-            if memory:
-                kept.append((x[kind == 3], y[kind == 3]))
-            at += len(x)
+        dims = self.source.dim, self.target.dim
+        moments, at = Moments(*dims), 0
+        kinds = (1, 3) if memory else (1,)
+        # allocated at once: pieces kept between chunks would leave the heap in tatters
+        kept = {kind: [np.empty((int((self.kind == kind).sum()), dim), np.float32) for dim in dims] for kind in kinds}
+        filled = dict.fromkeys(kinds, 0)
+        for pair in self._chunks():
+            kind = self.kind[at : at + len(pair[0])]
+            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in pair))
+            for which, arrays in kept.items():
+                rows = kind == which
+                end = filled[which] + int(rows.sum())
+                for array, z in zip(arrays, pair):
+                    array[filled[which] : end] = z[rows]
+                filled[which] = end
+            at += len(kind)
             progress(at, len(self.kind))
-        empty = [(np.empty((0, self.source.dim), np.float32), np.empty((0, self.target.dim), np.float32))]
-        in_memory, held_out = ([np.concatenate(side) for side in zip(*(parts or empty))] for parts in (kept, held))
-        return moments, tuple(torch.from_numpy(x) for x in in_memory), tuple(held_out)  # type: ignore[return-value]
+        in_memory = [torch.from_numpy(array) for array in kept.get(3, [np.empty((0, dim), np.float32) for dim in dims])]
+        return moments, (in_memory[0], in_memory[1]), (kept[1][0], kept[1][1])
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
         rows = max(1, CHUNK // max(self.source.dim, self.target.dim))
