@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmark import __version__, catalog
+from benchmark import __version__, catalog, doors
 from benchmark import protocol as protocols
 from benchmark.errors import UserError, unknown
 
@@ -180,6 +180,23 @@ def make_parser() -> ArgumentParser:
     evaluate.add_argument("--gallery-ids", type=Path)
     evaluate.add_argument("--similarity", choices=["cosine", "l2"], default="cosine")
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
+
+    doors.adapt_arguments(
+        command(
+            "adapt",
+            "Fit an adapter to paired embeddings, or apply one to a file of any size.",
+            "compatbench adapt --old old.npy --new new.npy --method Procrustes Ridge --out adapter.safetensors",
+        )
+    )
+
+    doors.audit_arguments(
+        command(
+            "audit",
+            "Is an adapter good enough to go without re-embedding? No labels needed.",
+            "compatbench audit --queries-old qo.npy --queries-new qn.npy --gallery-old go.npy --gallery-new gn.npy "
+            "--adapter adapter.safetensors",
+        )
+    )
 
     demo = command("demo", "Four methods on the bundled digits, in a minute.", "compatbench demo")
     demo.add_argument("--runs", type=Path, default=Path("runs"))
@@ -521,6 +538,8 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "doctor": command_doctor,
     "show": command_show,
     "evaluate": command_evaluate,
+    "adapt": lambda args: doors.command_adapt(args, settings(args.set)),
+    "audit": doors.command_audit,
     "demo": command_demo,
 }
 

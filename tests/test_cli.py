@@ -104,12 +104,12 @@ def test_dry_run_shows_what_two_methods_share(finished: Path, capsys: pytest.Cap
 def test_help_and_list_import_nothing_heavy() -> None:
     code = (
         "import sys; from benchmark.__main__ import main; main(['list']);"
-        "print([m for m in ('torch', 'lightning', 'timm', 'open_clip', 'faiss', 'wandb') if m in sys.modules])"
+        "print([m for m in ('torch', 'lightning', 'timm', 'open_clip', 'faiss', 'wandb', 'pyarrow') if m in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["run", "list", "doctor", "show", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["run", "list", "doctor", "show", "evaluate", "adapt", "audit", "demo"])
 def test_every_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

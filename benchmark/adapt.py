@@ -1,0 +1,275 @@
+"""Adapters from embedding files alone: fitted to paired files, chosen on held-out pairs, applied to files of any size.
+
+Query side: new -> old, for new queries against the untouched gallery. Gallery side: old -> new, for stored vectors, which
+then meet plain new queries. Where the score is a cosine (the default), vectors are put to unit length before the map and
+after it. Files are read in chunks (`benchmark.vectors`); what is held in memory is a chunk, the sums of closed forms, and
+the held-out pairs, besides up to IN_MEMORY pairs for maps without a closed form.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmark import adapters
+from benchmark.adapters import Adapter, Moments
+from benchmark.errors import UserError, unknown
+from benchmark.files import sha256_file
+from benchmark.neighbours import Similarity, overlap, search
+from benchmark.vectors import CHUNK, Array, Parquet, Vectors, align, open_vectors
+from benchmark.writer import Writer
+
+Side = Literal["query", "gallery"]
+Progress = Callable[[int, int], None]  # rows done, of how many
+
+HELD_OUT = 0.2  # share of the pairs that is held out, at most HELD_OUT_MOST pairs
+HELD_OUT_MOST = 5_000
+IN_MEMORY = 100_000  # pairs for maps that are not fitted to sums
+K = 10
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An adapter and what it does to held-out pairs."""
+
+    adapter: Adapter
+    notes: dict[str, str]
+    fidelity: float  # mean cosine of mapped and true vector
+    overlap: float  # overlap@10 with the target space's own ranking, in [0, 1]
+    seconds: float  # of the fit, without reading the files
+
+
+class Fits(NamedTuple):
+    ranked: list[Fit]  # best first: by overlap@10, then by fidelity
+    refused: dict[str, str]  # method -> why it cannot be fitted to these pairs
+    note: str  # how the two files were put together
+
+
+@dataclass(frozen=True)
+class Map:
+    """An adapter as it serves: with the side it was fitted for and the similarity that says what is normalised."""
+
+    adapter: Adapter
+    side: Side
+    similarity: Similarity
+    key: str  # sha256 of its file
+
+    @classmethod
+    def load(cls, path: Path) -> Map:
+        adapter, notes = adapters.load(path)
+        side, similarity = notes.get("side"), notes.get("similarity")
+        if side not in ("query", "gallery") or similarity not in ("cosine", "l2"):
+            raise UserError(f"{path}: does not say side and similarity; fit it with `compatbench adapt`")
+        return cls(adapter, side, similarity, sha256_file(path))  # type: ignore[arg-type]
+
+    def check(self, dim: int, name: str) -> None:
+        """Refuses vectors `name` of the wrong model."""
+        if dim != self.adapter.source_dim:
+            swapped = ", not those of the other" if dim == self.adapter.target_dim else ""
+            raise UserError(
+                f"{name} has {dim} dims, the adapter maps {self.adapter.source_dim} to {self.adapter.target_dim}: give "
+                f"embeddings of the {'new' if self.side == 'query' else 'old'} model{swapped}"
+            )
+
+    def __call__(self, vectors: Array, name: str = "the input", first: int = 0) -> Array:
+        """(n, d_s) -> (n, d_t); `name` and the row number `first` of vectors[0] are for error lines."""
+        self.check(vectors.shape[1], name)
+        return served(self.adapter, vectors, self.similarity, name, first)
+
+
+def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str = "the input", first: int = 0) -> Array:
+    """`Map` of an adapter that is not in a file."""
+    if similarity == "cosine":
+        vectors = unit(vectors, name, first)
+    with torch.inference_mode():
+        mapped = adapter(torch.from_numpy(vectors)).numpy()
+    return unit(mapped, f"{name}, adapted", first) if similarity == "cosine" else mapped
+
+
+def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
+    """Vectors divided by their lengths; refuses zero vectors, by their number: from `rows` on, or those of `rows`."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not lengths.all():
+        at = int(lengths.argmin())
+        row = rows + at if isinstance(rows, int) else rows[at]
+        raise UserError(
+            f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again"
+        )
+    return vectors / lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------- fit
+
+
+def fit(
+    old: Path,
+    new: Path,
+    methods: Sequence[str],
+    *,
+    side: Side = "query",
+    similarity: Similarity = "cosine",
+    pairs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Fits:
+    """Every method fitted to the same pairs and judged on held-out ones; in memory, to be written by `adapters.save`.
+
+    Args:
+        old, new: files of the same items embedded by both models; by id where both have ids, else row by row.
+        methods: names of `benchmark.adapters.KINDS`.
+        pairs: a random choice of so many; None = all.
+        settings: hyperparameters; of one method only.
+
+    Raises:
+        UserError: one line: files that do not fit, an unknown method, NaN, zero vectors; too few pairs or constant columns,
+            if that leaves no method.
+    """
+    for name in methods:
+        if name not in adapters.KINDS:
+            raise unknown("method", name, adapters.KINDS)
+    if settings and len(methods) > 1:
+        raise UserError("--set belongs to one method; name one")
+    data = _Pairs(*((new, old) if side == "query" else (old, new)), similarity, pairs, seed)
+    moments, memory, held = data.read(any(not adapters.KINDS[name].streams for name in methods), progress)
+    fits, refused = [], {}
+    for name in methods:
+        start = time.perf_counter()
+        source = (moments,) if adapters.KINDS[name].streams else memory
+        try:
+            adapter = adapters.fit(name, *source, seed=seed, **(settings or {}))
+        except UserError as error:
+            refused[name] = data.explained(str(error))
+            continue
+        seconds = time.perf_counter() - start
+        fidelity, shared = judge(adapter, *held, side, similarity)
+        notes: dict[str, object] = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count}
+        notes |= {"held out": data.held, "fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
+        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
+    if not fits:
+        raise UserError(
+            "; ".join(reason if name in reason else f"{name}: {reason}" for name, reason in refused.items())
+        )
+    return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
+
+
+class _Pairs:
+    """Two files of the same items as chunks of (source, target), a random part of them held out."""
+
+    def __init__(self, source: Path, target: Path, similarity: Similarity, pairs: int | None, seed: int):
+        self.source, self.target, self.similarity = open_vectors(source), open_vectors(target), similarity
+        self.source_rows, self.target_rows, self.note = align(self.source, self.target)
+        total = len(self.source) if self.source_rows is None else len(self.source_rows)
+        if pairs is not None and not 10 <= pairs <= total:
+            raise UserError(f"--pairs {pairs}: the files hold {total} pairs, and less than 10 fit nothing")
+        if total < 10:
+            raise UserError(f"{source} and {target} hold {total} pairs; even the plainest map and its test need 10")
+        order = np.random.default_rng(seed).permutation(total)[:pairs]
+        self.count, held = len(order), min(HELD_OUT_MOST, max(round(HELD_OUT * len(order)), min(12, len(order) // 2)))
+        self.held = held
+        self.kind = np.zeros(total, np.int8)  # 0 left out, 1 held out, 2 fitted to, 3 fitted to and fit for memory
+        self.kind[order[:held]] = 1
+        self.kind[order[held:]] = 2
+        self.kind[order[held : held + IN_MEMORY]] = 3
+
+    def explained(self, error: str) -> str:
+        """A line of `benchmark.adapters` with the file's name in place of its side."""
+        for side, file in (("source", self.source), ("target", self.target)):
+            error = error.replace(f"{side}:", f"{file}:")
+        return f"{error} ({self.held} of the {self.count} pairs are held out)" if "too few" in error else error
+
+    def read(self, memory: bool, progress: Progress) -> tuple[Moments, tuple[Tensor, Tensor], tuple[Array, Array]]:
+        """Sums over the pairs to fit to; if asked for, those pairs; the held-out ones. One pass through both files."""
+        dims = self.source.dim, self.target.dim
+        moments, at = Moments(*dims), 0
+        kinds = (1, 3) if memory else (1,)
+        # allocated at once: pieces kept between chunks would leave the heap in tatters
+        kept = {kind: [np.empty((int((self.kind == kind).sum()), dim), np.float32) for dim in dims] for kind in kinds}
+        filled = dict.fromkeys(kinds, 0)
+        for pair in self._chunks():
+            kind = self.kind[at : at + len(pair[0])]
+            moments.add(*(torch.from_numpy(z[kind >= 2]) for z in pair))
+            for which, arrays in kept.items():
+                rows = kind == which
+                end = filled[which] + int(rows.sum())
+                for array, z in zip(arrays, pair):
+                    array[filled[which] : end] = z[rows]
+                filled[which] = end
+            at += len(kind)
+            progress(at, len(self.kind))
+        in_memory = [torch.from_numpy(array) for array in kept.get(3, [np.empty((0, dim), np.float32) for dim in dims])]
+        return moments, (in_memory[0], in_memory[1]), (kept[1][0], kept[1][1])
+
+    def _chunks(self) -> Iterator[tuple[Array, Array]]:
+        rows = max(1, CHUNK // max(self.source.dim, self.target.dim))
+        if self.source_rows is None or self.target_rows is None:
+            at = 0
+            for x, y in zip(self.source.chunks(rows), self.target.chunks(rows)):
+                yield self._ready(x, self.source, at), self._ready(y, self.target, at)
+                at += len(x)
+            return
+        # in the source's order; a Parquet target has no quick way to a row and is held in memory for it
+        held = self.target.take(self.target_rows) if isinstance(self.target, Parquet) else None
+        at = done = 0  # row of the source, pair
+        for x in self.source.chunks(rows):
+            end = int(np.searchsorted(self.source_rows, at + len(x)))
+            mine, theirs = self.source_rows[done:end], self.target_rows[done:end]
+            y = self.target.take(theirs) if held is None else held[done:end]
+            yield self._ready(x[mine - at], self.source, mine), self._ready(y, self.target, theirs)
+            at, done = at + len(x), end
+
+    def _ready(self, vectors: Array, file: Vectors, rows: int | NDArray[np.int64]) -> Array:
+        return unit(vectors, str(file), rows) if self.similarity == "cosine" else vectors
+
+
+# -------------------------------------------------------------------------------------------------------------- judge
+
+
+def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> tuple[float, float]:
+    """Fidelity and overlap@10 of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
+
+    Each pair asks all others: on the query side mapped source against target, on the gallery side target against mapped
+    source; the reference is target against target. With less than 12 pairs there are only N - 2 neighbours to compare.
+    """
+    mapped = served(adapter, source, similarity)
+    target = unit(target, "target") if similarity == "cosine" else target
+    fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
+    asked = (mapped, target) if side == "query" else (target, mapped)
+    k, own = min(K, len(source) - 2), np.arange(len(source))
+    found, wanted = (search(*pair, k, similarity, own).rows for pair in (asked, (target, target)))
+    return fidelity, float(overlap(found, wanted, k).mean())
+
+
+# -------------------------------------------------------------------------------------------------------------- apply
+
+
+def apply(path: Path, adapter: Path, out: Path, progress: Progress = quiet) -> tuple[int, int]:
+    """Writes the file `path` with every vector adapted to `out`; goes on where an interrupted run ended.
+
+    Returns:
+        Rows written, and how many of them an earlier run had written.
+
+    Raises:
+        UserError: one line: dims that disagree, NaN, zero vectors, what `Writer` refuses.
+    """
+    mapping, vectors = Map.load(adapter), open_vectors(path)
+    mapping.check(vectors.dim, str(path))
+    with Writer(out, vectors, mapping.adapter.target_dim, mapping.key) as writer:
+        before = writer.done
+        progress(before, len(vectors))
+        for chunk in vectors.chunks(start=before):
+            writer.write(mapping(chunk, str(path), writer.done))
+            progress(writer.done, len(vectors))
+    return len(vectors), before

@@ -1,0 +1,646 @@
+"""`compatbench audit`: every figure against a naive computation of its own, the verdict against cases whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmark import adapters, bounds
+from benchmark.__main__ import main
+from benchmark.adapt import fit
+from benchmark.audit import Requirements, audit
+from benchmark.audit.acceptance import Labels, Side, pairs_at, threshold_by_far, threshold_by_share
+from benchmark.errors import UserError
+from benchmark.evaluate import evaluate
+from benchmark.neighbours import fuse, overlap, search
+
+RNG = np.random.default_rng(0)
+NQ, NG, OLD, NEW, CLASSES = 150, 400, 8, 12, 12
+CENTRES, TO_OLD, TO_NEW = RNG.normal(size=(CLASSES, 6)), RNG.normal(size=(6, OLD)), RNG.normal(size=(6, NEW))
+
+
+def embed(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same items by the old and, with less noise, by the new model."""
+    rng = np.random.default_rng(seed)
+    latent = CENTRES[labels] + 0.6 * rng.normal(size=(len(labels), 6))
+    old, new = latent @ TO_OLD + rng.normal(size=(len(labels), OLD)), latent @ TO_NEW
+    return old.astype(np.float32), (new + 0.3 * rng.normal(size=new.shape)).astype(np.float32)
+
+
+Q_LABELS, G_LABELS = RNG.integers(0, CLASSES, NQ), RNG.integers(0, CLASSES, NG)
+Q_OLD, Q_NEW = embed(Q_LABELS, 1)
+G_OLD, G_NEW = embed(G_LABELS, 2)
+P_OLD, P_NEW = embed(RNG.integers(0, CLASSES, 500), 3)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x.astype(np.float64) ** 2).sum(1, keepdims=True))
+
+
+def nearest(q: np.ndarray, g: np.ndarray, k: int, own: np.ndarray | None = None) -> list[list[int]]:
+    """By cosine in float64, one query at a time, with a plain sort."""
+    ranked = []
+    for i, row in enumerate(unit(q)):
+        scores = unit(g) @ row
+        ranked.append([j for j in sorted(range(len(g)), key=lambda j: -scores[j]) if own is None or own[i] != j][:k])
+    return ranked
+
+
+def shared(found: list[list[int]], wanted: list[list[int]], k: int) -> np.ndarray:
+    return np.array([len(set(f[:k]) & set(w[:k])) / k for f, w in zip(found, wanted)])
+
+
+def npy(folder: Path, **arrays: np.ndarray) -> dict[str, Path]:
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return {name: folder / f"{name}.npy" for name in arrays}
+
+
+def parquet(path: Path, array: np.ndarray, ids: Any = None, **columns: Any) -> Path:
+    identity = {} if ids is None else {"id": list(ids)}
+    pq.write_table(pa.table({**identity, "vector": list(array), **columns}), path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return npy(
+        tmp_path, qo=Q_OLD, qn=Q_NEW, go=G_OLD, gn=G_NEW, po=P_OLD, pn=P_NEW, ql=Q_LABELS, gl=G_LABELS,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def adapter(files: dict[str, Path], tmp_path: Path) -> Path:
+    (best,) = fit(files["po"], files["pn"], ["Ridge"]).ranked
+    adapters.save(tmp_path / "adapter.safetensors", best.adapter, best.notes)
+    return tmp_path / "adapter.safetensors"
+
+
+def mapped(adapter: Path, x: np.ndarray) -> np.ndarray:
+    return adapters.load(adapter)[0](torch.from_numpy(unit(x).astype(np.float32))).numpy()
+
+
+def four(files: dict[str, Path]) -> list[Path]:
+    return [files[name] for name in ("qo", "qn", "go", "gn")]
+
+
+def index_of(path: Path, factory: str, vectors: np.ndarray, ids: np.ndarray | None = None, **settings: int) -> Path:
+    index = faiss.index_factory(vectors.shape[1], factory)
+    x = unit(vectors).astype(np.float32)
+    for part in (index, getattr(index, "index", index)):
+        if hasattr(part, "cp"):
+            part.cp.min_points_per_centroid = 1
+    if hasattr(index, "pq"):
+        index.pq.cp.min_points_per_centroid = 1
+    index.train(x)
+    index.add(x) if ids is None else index.add_with_ids(x, ids)
+    for name, value in settings.items():
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+    faiss.write_index(index, str(path))
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- the pieces
+
+
+def test_neighbours_equal_a_plain_sort() -> None:
+    own = np.where(np.arange(NQ) % 3 == 0, np.arange(NQ), -1)
+    q, g = unit(Q_OLD).astype(np.float32), unit(G_OLD).astype(np.float32)
+    assert search(q, g, 20, "cosine", own).rows.tolist() == nearest(Q_OLD, G_OLD, 20, own)
+    found = search(Q_OLD, G_OLD, 5, "l2")
+    distance = ((Q_OLD[:, None].astype(np.float64) - G_OLD) ** 2).sum(2)
+    assert found.rows.tolist() == distance.argsort(1)[:, :5].tolist()
+    np.testing.assert_allclose(found.scores, -np.sort(distance, 1)[:, :5] / 2, rtol=1e-4, atol=1e-4)
+    few = search(q[:1], g[:2], 5, "cosine", np.array([0]))
+    assert few.rows.tolist() == [[1, -1]]  # its own item is no candidate
+
+
+def test_overlap_equals_counting_sets() -> None:
+    rng = np.random.default_rng(1)
+    found, wanted = (np.stack([rng.permutation(30)[:10] for _ in range(50)]) for _ in range(2))
+    for k in (1, 4, 10):
+        np.testing.assert_array_equal(overlap(found, wanted, k), shared(found.tolist(), wanted.tolist(), k))
+    found[:, 5:] = -1  # an index that found fewer
+    assert overlap(found, wanted, 10).max() <= 0.5
+    assert overlap(np.array([[2, 1]]), np.array([[1, 2]]), 2).tolist() == [1.0]  # order does not count
+
+
+def test_rank_fusion_equals_its_formula() -> None:
+    rng = np.random.default_rng(2)
+    rankings = [np.stack([rng.permutation(25)[:12] for _ in range(40)]) for _ in range(3)]
+    rankings[0][:, 8:] = -1
+    got = fuse(rankings, 10)
+    for query in range(40):
+        score: dict[int, float] = {}
+        for ranking in rankings:
+            for rank, row in enumerate(ranking[query], 1):
+                if row >= 0:
+                    score[int(row)] = score.get(int(row), 0) + 1 / (60 + rank)
+        expected = sorted(score.values(), reverse=True)[:10]
+        np.testing.assert_allclose([score[int(row)] for row in got[query]], expected, rtol=1e-12)
+        assert len(set(got[query])) == 10
+    assert fuse([np.array([[1, 2]]), np.array([[3, 4]])], 4).tolist() == [[1, 3, 2, 4]]  # of equals the first list's
+
+
+def test_thresholds_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = np.array([0.1, 0.5, 0.5, 0.9, 0.7], np.float32)
+    for share, expected in ((0.2, 0.9), (0.4, 0.7), (0.5, 0.5), (0.8, 0.5), (0.9, 0.1), (1.0, 0.1)):
+        assert threshold_by_share(best, share) == pytest.approx(expected)
+    side = Side(unit(Q_OLD).astype(np.float32), unit(G_OLD).astype(np.float32))
+    own = np.where(np.arange(NQ) < 20, np.arange(NQ), -1)
+    labels = Labels(Q_LABELS, G_LABELS, own)
+    scores = side.queries @ side.gallery.T
+    same = Q_LABELS[:, None] == G_LABELS
+    pair = np.arange(NG) != own[:, None]
+    impostor = np.sort(scores[~same & pair])[::-1]
+    for step in (10**6, 7):
+        monkeypatch.setattr("benchmark.audit.acceptance.batch", lambda gallery, step=step: step)
+        for far in (1e-4, 1e-3, 0.05):
+            threshold = threshold_by_far(side, labels, "cosine", far)
+            allowed = int(far * len(impostor))
+            assert (impostor >= threshold).sum() <= allowed and (impostor >= impostor[allowed]).sum() > allowed
+            assert (impostor >= threshold).sum() == (impostor > impostor[allowed]).sum()  # and no stricter than needed
+            found = pairs_at(side, labels, "cosine", threshold)
+            accepted = scores >= threshold
+            for got, mask in zip(found, (same & pair, same & pair & accepted, ~same & pair, ~same & pair & accepted)):
+                assert got.tolist() == mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize("hits,n", [(0, 10), (3, 10), (10, 10), (97, 100)])
+def test_binomial_bounds_are_where_the_tail_is_five_percent(hits: int, n: int) -> None:
+    def at_least(p: float, h: int) -> float:
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(h, n + 1))
+
+    found = bounds.share_of(hits, n)
+    assert found.lower == 0 if hits == 0 else at_least(found.lower, hits) == pytest.approx(0.05, rel=1e-6)
+    assert found.upper == 1 if hits == n else 1 - at_least(found.upper, hits + 1) == pytest.approx(0.05, rel=1e-6)
+
+
+def test_bounds_of_means_hold_as_often_as_they_say() -> None:
+    rng, missed = np.random.default_rng(4), 0
+    for trial in range(300):
+        values = rng.beta(2, 1, size=60)  # mean 2/3
+        missed += bounds.estimate(values, seed=trial).lower > 2 / 3
+    assert 4 <= missed <= 30  # 15 of 300 are meant to
+
+
+def test_values_without_spread_do_not_give_certainty() -> None:
+    found = bounds.estimate(np.ones(14))
+    assert found.value == 1 and found.lower == pytest.approx(0.05 ** (1 / 14)) and found.upper == 1
+    change = bounds.estimate(np.zeros(14), least=-1)
+    assert change.lower == pytest.approx(-(1 - 0.05 ** (1 / 14))) and change.upper == -change.lower
+    assert bounds.ratio([0, 0, 0], [10, 20, 0]).upper == pytest.approx(1 - 0.05**0.5)  # two queries have pairs at all
+    assert bounds.ratio([1, 4], [10, 20]).value == pytest.approx(5 / 30)
+
+
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_every_way_has_the_overlap_that_a_plain_sort_gives(files: dict[str, Path], adapter: Path) -> None:
+    report = audit(*four(files), adapter=adapter, dual=(0.5, 1.0))
+    full, old = nearest(Q_NEW, G_NEW, 100), nearest(Q_OLD, G_OLD, 100)
+    ranked = {"adapter": nearest(mapped(adapter, Q_NEW), G_OLD, 100), "old model only": old, "full re-embedding": full}
+    part = np.random.default_rng(0).permutation(NG)
+    for share in (0.5, 1.0):
+        kept = np.sort(part[: int(share * NG)])
+        new = [[int(kept[j]) for j in row] for row in nearest(Q_NEW, G_NEW[kept], 100)]
+        fused = []
+        for lists in zip(new, old):
+            score: dict[int, float] = {}
+            for ranking in lists:
+                for rank, row in enumerate(ranking, 1):
+                    score[row] = score.get(row, 0) + 1 / (60 + rank)
+            fused.append(sorted(score, key=lambda row: -score[row]))  # stable: of equals the new list's first
+        ranked[f"two indexes, {share:.0%} re-embedded"] = fused
+    found = report["overlap"]["ways"]
+    assert found.keys() == ranked.keys()
+    for name, rows in ranked.items():
+        for k in (1, 10, 100):
+            assert found[name][str(k)]["value"] == pytest.approx(shared(rows, full, k).mean(), abs=2e-3), (name, k)
+            assert found[name][str(k)]["n"] == NQ
+    loss = report["overlap"]["loss"]["adapter"]["10"]["value"]
+    assert loss == pytest.approx(1 - found["adapter"]["10"]["value"]) and 0.2 < loss < 0.9
+    assert found["old model only"]["10"]["value"] < found["adapter"]["10"]["value"] < 1
+    top = (unit(Q_OLD) @ unit(G_OLD).T).max(1)
+    threshold = report["threshold"]
+    assert (
+        threshold["accepted"]["old model only"]["value"] == pytest.approx(0.9)
+        and (top >= threshold["score"]).mean() == 0.9
+    )
+    new_top = (unit(mapped(adapter, Q_NEW)) @ unit(G_OLD).T).max(1)
+    assert threshold["accepted"]["adapter"]["value"] == pytest.approx((new_top >= threshold["score"]).mean(), abs=0.01)
+    assert report["sizes"] == {"queries": NQ, "gallery": NG, "judged sample": NG, "gallery in service": NG}
+
+
+def test_labels_add_recall_flips_far_and_tar(files: dict[str, Path], adapter: Path) -> None:
+    report = audit(
+        *four(files), adapter=adapter, query_labels=str(files["ql"]), gallery_labels=str(files["gl"]), far=0.01
+    )
+    recall, sides = (
+        report["labelled"]["recall"],
+        {"old model only": (Q_OLD, G_OLD), "full re-embedding": (Q_NEW, G_NEW)},
+    )
+    sides["adapter"] = (mapped(adapter, Q_NEW), G_OLD)
+    hit = {}
+    for name, (q, g) in sides.items():
+        metrics = evaluate(q, g, Q_LABELS, G_LABELS, ks=(1, 10))
+        for k in (1, 10):
+            assert recall[name][str(k)]["value"] == pytest.approx(metrics[f"cmc@{k}"], abs=1e-9)
+        hit[name] = np.array([G_LABELS[row[0]] == label for row, label in zip(nearest(q, g, 1), Q_LABELS)])
+        scores, same = unit(q) @ unit(g).T, Q_LABELS[:, None] == G_LABELS
+        accepted = scores >= report["threshold"]["score"]
+        assert report["threshold"]["far"][name]["value"] == pytest.approx(accepted[~same].mean(), abs=1e-4)
+        assert report["threshold"]["tar"][name]["value"] == pytest.approx(accepted[same].mean(), abs=1e-3)
+    assert 0.008 < report["threshold"]["far"]["old model only"]["value"] <= 0.01
+    flips = report["labelled"]["negative flips"]
+    for name in ("adapter", "full re-embedding"):
+        assert flips[name]["value"] == pytest.approx((hit["old model only"] & ~hit[name]).mean())
+    assert flips["adapter"]["value"] > 0 and flips["adapter"]["bounds"] == "exact"
+    named = {check["what"] for check in report["checks"]}
+    assert {"negative flips", "FAR at the frozen threshold", "recall@1: adapter less old model"} <= named
+
+
+def test_what_a_query_is_itself_it_does_not_find(tmp_path: Path, adapter: Path) -> None:
+    ids = [f"item {i}" for i in range(NG)]
+    chosen = np.random.default_rng(7).permutation(NG)[:80]
+    paths = [
+        parquet(tmp_path / "qo.parquet", G_OLD[chosen], [ids[i] for i in chosen]),
+        parquet(tmp_path / "qn.parquet", G_NEW[chosen[::-1]], [ids[i] for i in chosen[::-1]]),
+        parquet(tmp_path / "go.parquet", G_OLD, ids),
+        parquet(tmp_path / "gn.parquet", G_NEW[::-1], ids[::-1]),
+    ]
+    report = audit(*paths, adapter=adapter)
+    full, rows = nearest(G_NEW[chosen], G_NEW, 10, chosen), nearest(mapped(adapter, G_NEW[chosen]), G_OLD, 10, chosen)
+    assert report["overlap"]["ways"]["adapter"]["10"]["value"] == pytest.approx(shared(rows, full, 10).mean(), abs=2e-3)
+    assert any("80 queries are gallery items themselves" in note for note in report["notes"])
+    labels = np.isin(np.arange(NG), chosen).astype(int)  # the labels follow the ids through every order
+    npy(tmp_path, ql=np.ones(80, int), gl=labels)
+    labelled = audit(
+        *paths, adapter=adapter, query_labels=str(tmp_path / "ql.npy"), gallery_labels=str(tmp_path / "gl.npy")
+    )
+    hit = np.mean([labels[row[0]] == 1 for row in full])
+    assert labelled["labelled"]["recall"]["full re-embedding"]["1"]["value"] == pytest.approx(hit)
+
+
+def test_pairs_to_fit_on_that_are_judged_too_are_mentioned(tmp_path: Path) -> None:
+    a, b = [f"{i}" for i in range(NG)], [f"q{i}" for i in range(NQ)]
+    paths = [
+        parquet(tmp_path / f"{name}.parquet", array, ids)
+        for name, array, ids in (("qo", Q_OLD, b), ("qn", Q_NEW, b), ("go", G_OLD, a), ("gn", G_NEW, a))
+    ]
+    pairs = (
+        parquet(tmp_path / "po.parquet", P_OLD, [*a[:30], *map(str, range(10**6, 10**6 + 470))]),
+        parquet(tmp_path / "pn.parquet", P_NEW, [*a[:30], *map(str, range(10**6, 10**6 + 470))]),
+    )
+    notes = audit(*paths, pairs=pairs, methods=["Procrustes", "Ridge"])["notes"]
+    assert any("30 judged gallery items are among the pairs" in note for note in notes)
+    assert not any("queries are among the pairs" in note for note in notes)
+
+
+# --------------------------------------------------------------------------------------------------------- the index
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4", "HNSW8"])
+def test_the_loss_is_split_into_adapter_and_index(
+    factory: str, files: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    path = index_of(tmp_path / "i.faiss", factory, G_OLD)
+    report = audit(*four(files), adapter=adapter, index=path)
+    index, full = faiss.read_index(str(path)), nearest(Q_NEW, G_NEW, 10)
+    q_adapted, q_old = (unit(x).astype(np.float32) for x in (mapped(adapter, Q_NEW), Q_OLD))
+    exact = nearest(q_adapted, G_OLD, 10)
+    got = index.search(q_adapted, 10)[1].tolist()
+    ways, loss = report["overlap"]["ways"], report["overlap"]["loss"]
+    assert ways["adapter and index"]["10"]["value"] == pytest.approx(shared(got, full, 10).mean(), abs=2e-3)
+    assert loss["index"]["10"]["value"] == pytest.approx(
+        shared(exact, full, 10).mean() - shared(got, full, 10).mean(), abs=3e-3
+    )
+    recall = report["index"]["recall"]
+    assert recall["adapted queries"]["10"]["value"] == pytest.approx(shared(got, exact, 10).mean(), abs=2e-3)
+    old = shared(index.search(q_old, 10)[1].tolist(), nearest(Q_OLD, G_OLD, 10), 10).mean()
+    assert recall["old queries"]["10"]["value"] == pytest.approx(old, abs=2e-3)
+    if factory == "Flat":
+        assert loss["index"]["10"]["value"] == 0 and recall["old queries"]["100"]["value"] == 1
+    if "IVF" in factory:
+        assert loss["index"]["10"]["value"] > 0.02  # one of eight lists is searched
+        wide = audit(*four(files), adapter=adapter, index=path, settings="nprobe=8")["index"]
+        assert wide["settings"] == "nprobe=8 of 8" and report["index"]["settings"] == "nprobe=1 of 8"
+        assert wide["recall"]["old queries"]["10"]["value"] > recall["old queries"]["10"]["value"]
+    assert report["index"]["seconds to add all vectors again"] > 0
+    assert report["latency"]["adapter and search, ms"]["p99"] >= report["latency"]["adapter and search, ms"]["p50"] > 0
+
+
+def test_an_index_may_know_the_gallery_by_its_ids(files: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(8).permutation(10**6)[:NG]
+    gallery, again = (parquet(tmp_path / f"{n}.parquet", x, ids) for n, x in (("go", G_OLD), ("gn", G_NEW)))
+    for factory in ("IDMap,Flat", "IDMap2,HNSW32", "IVF8,Flat"):
+        path = index_of(tmp_path / "i.faiss", factory, G_OLD, ids, **({"nprobe": 8} if "IVF" in factory else {}))
+        report = audit(files["qo"], files["qn"], gallery, again, adapter=adapter, index=path)
+        assert report["index"]["recall"]["adapted queries"]["10"]["value"] > 0.97, factory
+
+
+def test_on_the_gallery_side_the_index_is_over_what_was_adapted(files: dict[str, Path], tmp_path: Path) -> None:
+    (best,) = fit(files["po"], files["pn"], ["Ridge"], side="gallery").ranked
+    adapters.save(tmp_path / "g.safetensors", best.adapter, best.notes)
+    moved = mapped(tmp_path / "g.safetensors", G_OLD)
+    index = index_of(tmp_path / "i.faiss", "IVF8,Flat", moved, nprobe=2)
+    report = audit(*four(files), adapter=tmp_path / "g.safetensors", index=index)
+    full, exact = nearest(Q_NEW, G_NEW, 10), nearest(Q_NEW, moved, 10)
+    got = faiss.read_index(str(index)).search(unit(Q_NEW).astype(np.float32), 10)[1].tolist()
+    ways = report["overlap"]["ways"]
+    assert ways["adapter"]["10"]["value"] == pytest.approx(shared(exact, full, 10).mean(), abs=2e-3)
+    assert ways["adapter and index"]["10"]["value"] == pytest.approx(shared(got, full, 10).mean(), abs=2e-3)
+    assert set(report["index"]["recall"]) == {"adapted queries"} and "adapter and search, ms" not in report["latency"]
+    assert report["costs"]["adapter"]["vectors written"] == NG and report["costs"]["adapter"]["seconds"] > 0
+    with pytest.raises(
+        UserError, match=r"8 dims, the vectors to be searched have 12; .* on the gallery side over the adapted"
+    ):
+        audit(*four(files), adapter=tmp_path / "g.safetensors", index=index_of(tmp_path / "o.faiss", "Flat", G_OLD))
+
+
+def test_an_index_over_more_than_the_sample_bounds_the_loss_of_both(
+    files: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    ids, some = np.arange(NG), np.random.default_rng(9).permutation(NG)[:200]
+    gallery = parquet(tmp_path / "go.parquet", G_OLD, ids)
+    sample = parquet(tmp_path / "gn.parquet", G_NEW[some], ids[some])
+    path = index_of(tmp_path / "i.faiss", "IVF8,Flat", G_OLD, nprobe=2)
+    report = audit(files["qo"], files["qn"], gallery, sample, adapter=adapter, index=path)
+    recall = report["index"]["recall"]["adapted queries"]["10"]["value"]
+    seen = report["overlap"]["ways"]["adapter"]["10"]["value"]
+    rows = np.sort(some)
+    expected = shared(nearest(mapped(adapter, Q_NEW), G_OLD[rows], 10), nearest(Q_NEW, G_NEW[rows], 10), 10).mean()
+    assert seen == pytest.approx(expected, abs=2e-3) and "adapter and index" not in report["costs"]
+    chain = next(c for c in report["checks"] if c["what"].endswith("through the index (at least)"))
+    assert chain["found"]["value"] == pytest.approx(seen + recall - 1)
+    assert report["sizes"]["judged sample"] == 200
+
+
+# -------------------------------------------------------------------------------------------------------- the sample
+
+
+def clouds(n: int, dim: int, noise: float, twins: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A gallery and its adapted image; with twins every item has ten near copies, nearer than the noise is long."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n // 10 if twins else n, dim))
+    x = np.repeat(x, 10, 0) + 0.05 * rng.normal(size=(n, dim)) if twins else x
+    return x.astype(np.float32), (x + noise * rng.normal(size=(n, dim))).astype(np.float32)
+
+
+@pytest.mark.parametrize("twins,dim,noise,parts", [(False, 8, 0.4, 5), (False, 8, 0.4, 20), (True, 16, 0.8, 2)])
+def test_the_bias_of_the_sample_is_seen_from_the_sample(
+    twins: bool, dim: int, noise: float, parts: int, tmp_path: Path
+) -> None:
+    """Judged on a part of the gallery, the figure for all of it comes near the truth; twins turn its direction."""
+    n = 4000
+    new, old = clouds(n, dim, noise, twins, 0)
+    rng = np.random.default_rng(1)
+    picked = rng.permutation(n)[:300]
+    q = (new[picked] + 0.05 * rng.normal(size=(300, dim))).astype(np.float32)
+    ids, some = np.arange(n), rng.permutation(n)[: n // parts]
+    same = adapters.fit("Identity", torch.eye(dim), torch.eye(dim))
+    adapters.save(tmp_path / "a.safetensors", same, {"side": "query", "similarity": "cosine"})
+    queries = npy(tmp_path, q=q)["q"]
+    gallery = parquet(tmp_path / "go.parquet", old, ids)
+    sample = parquet(tmp_path / "gn.parquet", new[some], ids[some])
+    bias = audit(queries, queries, gallery, sample, adapter=tmp_path / "a.safetensors")["sample bias"]
+    g_old, g_new, u = (unit(x).astype(np.float32) for x in (old, new, q))
+    found, wanted = search(u, g_old, 10 * parts, "cosine").rows, search(u, g_new, 10 * parts, "cosine").rows
+    truth, seen = overlap(found, wanted, 10).mean(), bias["in service"]["value"] + bias["too high by"]["value"]
+    assert bias["stands for depth"] == 10 * parts and bias["read off at depth"] == 10 / parts
+    assert seen == pytest.approx(overlap(found, wanted, 10 * parts).mean(), abs=0.03)  # what it stands for
+    assert truth - 0.1 < bias["in service"]["value"] < truth + 0.01 and abs(seen - truth) > abs(
+        bias["in service"]["value"] - truth
+    )
+    assert bias["the sample is"].split(",")[0] == ("pessimistic" if twins else "optimistic")
+
+
+def test_a_tiny_sample_is_extrapolated_downwards_only(files: dict[str, Path], adapter: Path) -> None:
+    report = audit(*four(files), adapter=adapter, gallery_size=NG * 100)
+    bias = report["sample bias"]
+    assert bias["extrapolated"] and bias["stands for depth"] == 1000
+    assert bias["in service"]["value"] <= report["overlap"]["ways"]["adapter"]["1"]["value"] + 1e-9
+    assert (
+        report["sizes"]["gallery in service"] == 100 * NG
+        and report["costs"]["full re-embedding"]["vectors written"] == 100 * NG
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the verdict
+
+
+def rotated(folder: Path, side: str) -> dict[str, Any]:
+    """Files of a new model that is the old one turned, and the adapter that undoes it."""
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(OLD, OLD)))[0]
+    new = {f"{name}n": (x @ turn).astype(np.float32) for name, x in (("q", Q_OLD), ("g", G_OLD), ("p", P_OLD))}
+    paths = npy(folder, qo=Q_OLD, go=G_OLD, po=P_OLD, **new)
+    (best,) = fit(paths["po"], paths["pn"], ["Procrustes"], side=side).ranked  # type: ignore[arg-type]
+    adapters.save(folder / "turn.safetensors", best.adapter, best.notes)
+    return paths | {"adapter": folder / "turn.safetensors"}
+
+
+@pytest.mark.parametrize("side", ["query", "gallery"])
+def test_a_turned_space_is_a_go_in_all_but_the_gain(side: str, tmp_path: Path) -> None:
+    """The new model is no better than the old: every overlap is 1, so there is nothing to gain and the verdict says so."""
+    paths = rotated(tmp_path, side)
+    report = audit(*four(paths), adapter=paths["adapter"])
+    assert report["overlap"]["ways"]["adapter"]["10"]["value"] > 0.999
+    unmet = [check["what"] for check in report["checks"] if not check["met"]]
+    assert unmet == ["overlap@10: adapter less old model, both exact"] and report["verdict"] == "NO-GO"
+    cost = report["costs"]["adapter"]
+    assert cost["vectors embedded again"] == 0 and cost["vectors written"] == (0 if side == "query" else NG)
+
+
+def test_a_go_needs_every_requirement_at_its_bound(tmp_path: Path) -> None:
+    """The gallery side restores the new model's own vectors: the old ones hold the same, stretched and turned."""
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(OLD, OLD)))[0] * np.geomspace(1, 12, OLD)
+    make = {f"{name}n": (x @ turn).astype(np.float32) for name, x in (("q", Q_OLD), ("g", G_OLD), ("p", P_OLD))}
+    files = npy(tmp_path, qo=Q_OLD, go=G_OLD, po=P_OLD, **make)
+    pairs = (files["po"], files["pn"])
+    options: dict[str, Any] = {
+        "pairs": pairs,
+        "methods": ["Ridge"],
+        "side": "gallery",
+        "similarity": "l2",
+        "accept": 0.9,
+    }
+    report = audit(*four(files), require=Requirements(margin=1.0), **options)
+    assert report["verdict"] == "GO" and all(check["met"] for check in report["checks"]) and not report["missing"]
+    assert (
+        report["overlap"]["ways"]["old model only"]["10"]["upper"] < report["overlap"]["ways"]["adapter"]["10"]["lower"]
+    )
+    stricter = audit(*four(files), require=Requirements(overlap=1.0, margin=1.0), **options)
+    assert stricter["verdict"] == "NO-GO"  # 150 queries cannot prove that all is equal
+
+
+def test_without_the_new_gallery_nothing_is_a_go(files: dict[str, Path], adapter: Path) -> None:
+    report = audit(*four(files)[:3], adapter=adapter, require=Requirements(overlap=0, slice=0, margin=1))
+    assert report["verdict"] == "NO-GO" and "give --gallery-new" in report["missing"][0]
+    assert report["threshold"]["accepted"]["adapter"]["n"] == NQ and report["overlap"] == {}
+
+
+def test_the_worst_slice_is_found_and_its_bound_is_of_all_slices(
+    files: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    shop = np.array(["good", "bad", "rare"])[np.where(np.arange(NQ) < 5, 2, np.arange(NQ) % 2)]
+    spoiled = np.where((shop == "bad")[:, None], np.roll(Q_NEW, 1, axis=1), Q_NEW).astype(np.float32)
+    old = parquet(tmp_path / "qo.parquet", Q_OLD, shop=shop, many=np.arange(NQ), one=["x"] * NQ, kind=Q_LABELS % 3)
+    new = npy(tmp_path, qn=spoiled)["qn"]
+    report = audit(old, new, files["go"], files["gn"], adapter=adapter)
+    rows = report["slices"]
+    assert (rows[0]["column"], rows[0]["value"]) == ("shop", "bad")
+    assert {row["column"] for row in rows} <= {"shop", "kind"} and not any(row["value"] == "rare" for row in rows)
+    (alone,) = (r for r in audit(old, new, files["go"], files["gn"], adapter=adapter, slices=["shop"])["slices"][:1])
+    assert alone["overlap"]["lower"] > rows[0]["overlap"]["lower"]  # fewer slices, less to allow for
+    assert any("least: shop = bad" in check["what"] and not check["met"] for check in report["checks"])
+    with pytest.raises(UserError, match="unknown column of the query files 'shoop'; did you mean: shop"):
+        audit(old, new, files["go"], files["gn"], adapter=adapter, slices=["shoop"])
+
+
+def test_the_command_prints_writes_and_draws(files: dict[str, Path], adapter: Path, tmp_path: Path, capsys) -> None:
+    paths = dict(zip(("--queries-old", "--queries-new", "--gallery-old", "--gallery-new"), map(str, four(files))))
+    where = {"--json": str(tmp_path / "report.json"), "--png": str(tmp_path / "report.png")}
+    index = str(index_of(tmp_path / "i.faiss", "HNSW8", G_OLD))
+    more = {
+        "--adapter": str(adapter),
+        "--index": index,
+        "--query-labels": str(files["ql"]),
+        "--gallery-labels": str(files["gl"]),
+    }
+    words = [word for option in (paths, where, more) for pair in option.items() for word in pair]
+    assert main(["audit", *words, "--encoder-rate", "100", "--search", "efSearch=32"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.count("NO-GO: ") == 1 and report["verdict"] == "NO-GO"
+    for said in (
+        "efSearch=32",
+        "negative flips",
+        "Bias of the sample: none",
+        "p50 / p99 of 150",
+        "two indexes, 50%",
+        "required for a GO",
+    ):
+        assert said in shown, said
+    assert report["costs"]["full re-embedding"]["seconds"] == pytest.approx(4)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def changed(array: np.ndarray, row: int, value: float) -> np.ndarray:
+    array = array.copy()
+    array[row] = value
+    return array
+
+
+def case(**change: Any):
+    """Arguments of `audit` with some files or options changed."""
+
+    def arguments(files: dict[str, Path], adapter: Path, folder: Path) -> tuple[list[Path], dict[str, Any]]:
+        paths, options = dict(files), {"adapter": adapter}
+        for name, value in change.items():
+            made = value(folder) if callable(value) else value
+            if name in paths and not name.endswith("l"):
+                paths[name] = (
+                    npy(folder, **{f"changed_{name}": made})[f"changed_{name}"]
+                    if isinstance(made, np.ndarray)
+                    else made
+                )
+            else:
+                options[name] = made
+        return four(paths), {k: v for k, v in options.items() if v is not None}
+
+    return arguments
+
+
+def faiss_file(factory: str, vectors: np.ndarray, normalised: bool = True):
+    def make(folder: Path) -> Path:
+        if normalised:
+            return index_of(folder / "i.faiss", factory, vectors)
+        index = faiss.index_factory(vectors.shape[1], factory)
+        index.train(vectors)
+        index.add(vectors)
+        faiss.write_index(index, str(folder / "i.faiss"))
+        return folder / "i.faiss"
+
+    return make
+
+
+def binary(folder: Path) -> Path:
+    index = faiss.IndexBinaryFlat(64)
+    index.add(np.zeros((NG, 8), np.uint8))
+    faiss.write_index_binary(index, str(folder / "b.faiss"))
+    return folder / "b.faiss"
+
+
+def inner_products(folder: Path) -> Path:
+    index = faiss.IndexFlatIP(OLD)
+    index.add(G_OLD)
+    faiss.write_index(index, str(folder / "p.faiss"))
+    return folder / "p.faiss"
+
+
+def labels(folder: Path, array: np.ndarray) -> str:
+    return str(npy(folder, labels=array)["labels"])
+
+
+BAD = {
+    "queries of the wrong model": (case(qn=Q_OLD), "has 8 dims; the adapter (query side) knows 12 for the new model"),
+    "gallery of the wrong model": (case(go=G_NEW), "has 12 dims; the adapter (query side) knows 8 for the old model"),
+    "unpaired queries": (case(qn=Q_NEW[:50]), "has 150 rows and"),
+    "a sample without ids": (case(gn=G_NEW[:50]), "without ids in both nobody knows"),
+    "a tiny gallery": (case(go=G_OLD[:10], gn=G_NEW[:10]), "10 gallery items are too few to judge by"),
+    "a zero vector": (case(go=changed(G_OLD, 5, 0)), "changed_go.npy: row 5 is a zero vector"),
+    "a NaN": (case(qo=changed(Q_OLD, 5, np.nan)), "changed_qo.npy: row 5 holds NaN"),
+    "neither adapter nor pairs": (case(adapter=None), "give either a fitted --adapter, or --pairs-old and --pairs-new"),
+    "labels of one side": (case(query_labels="ql.npy"), "give both --query-labels and --gallery-labels"),
+    "labels too few": (
+        case(query_labels=lambda d: labels(d, Q_LABELS[:5]), gallery_labels=lambda d: labels(d, G_LABELS)),
+        "150 integers or texts are needed"),
+    "labels that never meet": (
+        case(query_labels=lambda d: str(npy(d, a=Q_LABELS + 99)["a"]), gallery_labels=lambda d: labels(d, G_LABELS)),
+        "no query has a gallery item of its label"),
+    "text and integers": (
+        case(query_labels=lambda d: str(npy(d, a=Q_LABELS.astype(str))["a"]), gallery_labels=lambda d: labels(d, G_LABELS)),
+        "text on one side and integers on the other"),
+    "no such labels": (case(query_labels="label", gallery_labels="label"), "unknown file (.npy, .safetensors) or column"),
+    "a smaller service": (case(gallery_size=10), "--gallery-size 10 is less than the 400 rows"),
+    "no share": (case(accept=1.5), "are shares between 0 and 1"),
+    "no index": (case(index=Path("none.faiss")), "none.faiss: there is no such file"),
+    "no index inside": (case(index=lambda d: Path(labels(d, Q_LABELS))), "is no faiss index of float vectors"),
+    "a binary index": (case(index=binary), "b.faiss: is no faiss index of float vectors"),
+    "an index of other dims": (case(index=faiss_file("Flat", G_NEW)), "the index has 12 dims, the vectors to be searched have 8"),
+    "an index of fewer": (case(index=faiss_file("Flat", G_OLD[:99])), "the index holds 99 vectors, the gallery 400; rebuild it"),
+    "an index in another order": (case(index=faiss_file("Flat", G_OLD[::-1])), "holds other vectors than the gallery (row"),
+    "an index of raw vectors": (
+        case(index=faiss_file("Flat", G_OLD, False)),
+        "not put to unit length, so it does not search by cosine"),
+    "an index that gives nothing back": (case(index=faiss_file("LSH", G_OLD)), "LSH cannot give back its vectors"),
+    "an index of inner products": (
+        case(adapter=None, pairs=lambda d: (d / "po.npy", d / "pn.npy"), similarity="l2", index=inner_products),
+        "searches by inner product, not by L2"),
+    "a setting of another index": (
+        case(index=faiss_file("Flat", G_OLD), settings="nprobe=3"),
+        "--search 'nprobe=3' is no setting of Flat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_judged_ends_with_one_line(
+    name: str, files: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    make, words = BAD[name]
+    paths, options = make(files, adapter, tmp_path)
+    with pytest.raises(UserError) as error:
+        audit(*paths, **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
