@@ -21,7 +21,7 @@ from benchmark.store import Store
 from benchmark.towers import Spec
 
 NAMES = catalog.names("two-sided method")
-QUICK = ["releases.0.recipe.epochs=1", "releases.1.recipe.epochs=1", "task_args.heldout=0"]
+QUICK = ["releases.0.recipe.epochs=1", "releases.1.recipe.epochs=1"]
 CONFIG = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 2},
