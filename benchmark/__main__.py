@@ -209,7 +209,7 @@ def command_run(args: Namespace) -> None:
     protocol = protocols.load(args.protocol, args.override)
     names = [name for item in args.method for name in item.split(",")]
     if "all" in names:
-        two_sided = protocol.task in ("Crossmodal", "DigitCaptions")
+        two_sided = catalog.load("task", protocol.task).sides
         names = ["Independent", *catalog.entries("two-sided method")] if two_sided else list(catalog.entries("method"))
     run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
 

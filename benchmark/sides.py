@@ -137,5 +137,4 @@ def evaluate(
         if missing := [id for id in wanted if id not in place]:
             raise UserError(f"{len(missing)} of {len(wanted)} {side.side}s have no embedding, first '{missing[0]}'")
         rows.append(side.vectors[[place[id] for id in wanted]])
-    image_rows, text_rows = rows
-    return evaluate_pairs(image_rows, text_rows, relevance, ks)
+    return evaluate_pairs(rows[0], rows[1], relevance, ks)

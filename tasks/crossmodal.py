@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark import captions, crossmodal
+from benchmark import captions, evalsets
 from benchmark.captions import CaptionDataset
-from benchmark.crossmodal import DIRECTIONS, KS, Relevance
+from benchmark.crossmodal import DIRECTIONS, KS, PairRanking, Relevance
 from benchmark.errors import UserError, unknown
+from benchmark.evalsets import EvalSet
 from benchmark.files import sha256_file
 from benchmark.heads import Objective, PairHead
 from benchmark.images import Batch, ImageLoader
@@ -28,17 +28,6 @@ from benchmark.task import Scores, Task
 from benchmark.towers import Spec, Tokenizer
 
 HASHED = 256 * 2**20  # bytes of images up to which their content is part of the fingerprint
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """One gallery of its own: the images of one evaluation set and their captions."""
-
-    name: str
-    data: CaptionDataset
-    part: str  # "train" or the set's name: where its images lie
-    index: list[int]  # its images in that part
-    relevance: Relevance
 
 
 class Crossmodal(Task):
@@ -145,21 +134,21 @@ class Crossmodal(Task):
         """The distinct captions that release `t` sees, in order of their first appearance."""
         return Relevance.of([self.parts["train"].captions[i] for i in self.train_index(t)]).texts
 
-    def _set(self, name: str, part: str, index: Iterable[int]) -> TestSet:
+    def _set(self, name: str, part: str, index: Iterable[int]) -> EvalSet:
         kept = list(index)
         if not kept:
             raise UserError(f"{self.name}: the evaluation set {name} has no images")
         data = self.parts[part].select(kept)
-        return TestSet(name, data, part, kept, Relevance.of(data.captions))
+        return EvalSet(name, data, part, kept, self._labels(part)[kept], Relevance.of(data.captions))
 
-    def _sets(self, split: str) -> list[TestSet]:
+    def _sets(self, split: str) -> list[EvalSet]:
         if split not in self.tests:
             raise UserError(f"{self.protocol.id} holds out no images, so it has no validation split")
         return self.tests[split]
 
     def texts(self, split: str) -> list[str]:
         """The distinct captions of an evaluation split."""
-        return list(dict.fromkeys(chain.from_iterable(one.relevance.texts for one in self._sets(split))))
+        return evalsets.texts(self._sets(split))
 
     def items(self, split: str, side: str) -> tuple[Tensor, Tensor]:
         """As of `Task`, and the sides "image" and "text" (distinct strings), also of "train:<release>".
@@ -175,16 +164,13 @@ class Crossmodal(Task):
             known = {*self.texts("test")}
             texts = self.train_texts(t)
             return torch.arange(len(texts)), torch.tensor([int(text in known) for text in texts])
-        sets = self._sets(split)
-        images = torch.cat([self._labels(one.part)[one.index] for one in sets])
         if side == "text":
             count = len(self.texts(split))
             return torch.arange(count), torch.zeros(count, dtype=torch.int64)
-        if side == "image":
-            return torch.arange(len(images)), images
-        owners = torch.cat([self._labels(one.part)[one.index][one.relevance.image] for one in sets])
-        labels = torch.cat([images, owners] if side == "query" else [owners, images])
-        return torch.arange(len(labels)), labels
+        sets = self._sets(split)
+        queries, gallery = evalsets.query_labels(sets)
+        sides = {"query": queries, "gallery": gallery, "image": torch.cat([one.labels for one in sets])}
+        return torch.arange(len(sides[side])), sides[side]
 
     def _labels(self, part: str) -> Tensor:
         data = self.parts[part]
@@ -298,40 +284,11 @@ class Crossmodal(Task):
         return {"all": torch.ones_like(labels, dtype=torch.bool)}
 
     def query_strata(self, split: str) -> dict[str, Tensor]:
-        sets, known = self._sets(split), {*self.train_texts(len(self.protocol.releases) - 1)}
-        tags: list[set[str]] = []  # of each query
-        for direction in DIRECTIONS:
-            for one in sets:
-                seen = [[text.strip() in known for text in own] for own in one.data.captions]
-                own_tags = [{direction, f"{direction}-{'seen' if all(s) else 'unseen'}"} for s in seen]
-                if direction == "T2I":
-                    own_tags = [
-                        {direction, f"{direction}-{'seen' if s else 'unseen'}"} for s in chain.from_iterable(seen)
-                    ]
-                if len(sets) > 1:
-                    own_tags = [{*mine, f"{one.name} {direction}"} for mine in own_tags]
-                if one.data.domains:
-                    owners = range(len(seen)) if direction == "I2T" else one.relevance.image.tolist()
-                    own_tags = [{*m, f"{one.data.domains[i]} {direction}"} for m, i in zip(own_tags, owners)]
-                tags += own_tags
-        names = sorted(set(chain.from_iterable(tags)))
-        masks = {name: torch.tensor([name in mine for mine in tags]) for name in names}
-        return {"all": torch.ones(len(tags), dtype=torch.bool), **masks}
+        return evalsets.strata(self._sets(split), {*self.train_texts(len(self.protocol.releases) - 1)})
 
-    def rank(self, queries: Tensor, gallery: Tensor, split: str, direction: str) -> crossmodal.PairRanking:
+    def rank(self, queries: Tensor, gallery: Tensor, split: str, direction: str) -> PairRanking:
         """Rank each set's gallery for its own queries, given both sides' embeddings (distinct texts) of all sets."""
-        row, at, found = {text: i for i, text in enumerate(self.texts(split))}, 0, []
-        for one in self._sets(split):
-            place = torch.tensor([row[text] for text in one.relevance.texts])[one.relevance.text]
-            of: dict[str, Any] = {"image": slice(at, at + len(one.data)), "text": place}
-            query_side, gallery_side = crossmodal.SIDES[direction]
-            query, stored = queries[of[query_side]], gallery[of[gallery_side]]
-            options: dict[str, Any] = {"similarity": self.protocol.similarity, "device": self.device}
-            found.append(crossmodal.rank_pairs(query, stored, one.relevance.positives[direction], **options))
-            at += len(one.data)
-        names = ("ap", "first", "positives", "optimistic")
-        joined: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in found]) for name in names}
-        return crossmodal.PairRanking(**joined, gallery=sum(r.gallery for r in found))
+        return evalsets.rank(self._sets(split), queries, gallery, direction, self.protocol.similarity, self.device)
 
     def score(self, queries: Tensor, gallery: Tensor, split: str, direction: str = "I2T") -> Scores:
         found = self.rank(queries, gallery, split, direction)
@@ -349,20 +306,7 @@ class Crossmodal(Task):
 
     def facts(self, split: str = "test") -> list[str]:
         """A line for each set and direction: sizes, chance and what knowing the class alone would give."""
-        lines = []
-        for one in self._sets(split):
-            for direction in DIRECTIONS:
-                found = one.relevance.positives[direction]
-                line = (
-                    f"{one.name} {direction}: {len(found.counts):,} queries, gallery of {found.gallery:,}, chance R@1 "
-                )
-                line += f"{100 * one.relevance.chance(direction):.2f} % by string"
-                line += f" ({100 * one.relevance.chance_by_index():.2f} % by index)"
-                if self.class_names:
-                    labels = self._labels(one.part)[one.index]
-                    line += f", class oracle {100 * one.relevance.class_oracle(direction, labels):.1f} %"
-                lines.append(line)
-        return lines
+        return evalsets.facts(self._sets(split), bool(self.class_names))
 
     @cached_property
     def fingerprint(self) -> str:

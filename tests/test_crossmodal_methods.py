@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmark import catalog, plan, protocol, runner, training
+from benchmark.embeddings import Stored
 from benchmark.errors import UserError
 from benchmark.heads import contrastive
 from benchmark.method import Context
@@ -21,7 +22,7 @@ from benchmark.store import Store
 from benchmark.towers import Spec
 
 NAMES = catalog.names("two-sided method")
-QUICK = ["releases.0.recipe.epochs=1", "releases.1.recipe.epochs=1", "task_args.heldout=0"]
+QUICK = ["releases.0.recipe.epochs=1", "releases.1.recipe.epochs=1"]
 CONFIG = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 2},
@@ -194,15 +195,11 @@ def cosine(a: Tensor, b: Tensor) -> list[float]:
 def test_stage_one_equals_its_formula_and_starts_as_procrustes(root: Path) -> None:
     method, batch = teachers("XBTText", root, sigma=0.0, epochs=1)
     x, y = method.new[batch.index], method.old[batch.index]
-    cross = (method.new[clean(method)].double().T @ method.old[clean(method)].double()).numpy()
-    left, _, right = np.linalg.svd(cross, full_matrices=False)
-    mapped = x.double() @ torch.from_numpy(left @ right)
+    mapped = x @ procrustes(method.new[clean(method)], method.old[clean(method)])
     scale = float(method.context.encoders["old"].network.logit_scale.exp())
-    terms = method.loss(batch)
-    assert float(terms["match"]) == pytest.approx(1 - sum(cosine(mapped.float(), y)) / len(y), abs=1e-5)
-    assert float(terms["contrast"]) == pytest.approx(
-        naive_pair_loss(mapped.float(), y, scale, [*range(len(y))]), abs=1e-4
-    )
+    terms = {name: float(value.detach()) for name, value in method.loss(batch).items()}
+    assert terms["match"] == pytest.approx(1 - sum(cosine(mapped, y)) / len(y), abs=1e-5)
+    assert terms["contrast"] == pytest.approx(naive_pair_loss(mapped, y, scale, [*range(len(y))]), abs=1e-4)
 
 
 def clean(method: Any) -> Tensor:
@@ -233,7 +230,7 @@ def test_stage_two_equals_its_formula(root: Path) -> None:
     z, s = method.network(batch.x), method.texts[batch.x["caption"]]
     u, v, ids = z["image"], z["text"], batch.x["caption"].tolist()
     scale = float(method.context.encoders["stage1"].network.logit_scale.exp())
-    terms = {name: float(value) for name, value in method.loss(batch).items()}
+    terms = {name: float(value.detach()) for name, value in method.loss(batch).items()}
     assert terms["image_to_old"] == pytest.approx(naive_pair_loss(u, s, scale, ids), abs=1e-4)
     assert terms["text_stays"] == pytest.approx(1 - sum(cosine(v, s)) / len(s), abs=1e-5)
     assert terms["pair"] == pytest.approx(naive_pair_loss(u, v, scale, ids), abs=1e-4)
@@ -263,7 +260,7 @@ def test_bt2_on_two_towers_equals_its_formula(root: Path) -> None:
     )
     v, f = method.network(batch.x), {s: F.normalize(g[:, :24]) for s, g in method.network.towers(batch.x).items()}
     b, scale = {s: z[:, :16] for s, z in v.items()}, float(method.context.encoders["old"].network.logit_scale.exp())
-    terms = {name: float(value) for name, value in method.loss(batch).items()}
+    terms = {name: float(value.detach()) for name, value in method.loss(batch).items()}
     assert terms["match_new"] == pytest.approx(
         sum(1 - sum(cosine(f[s], oracle[s])) / len(ids) for s in f) / 2, abs=1e-4
     )
@@ -273,3 +270,54 @@ def test_bt2_on_two_towers_equals_its_formula(root: Path) -> None:
     influence = [naive_pair_loss(b[s], old[o], scale, ids) for s, o in (("image", "text"), ("text", "image"))]
     assert terms["influence"] == pytest.approx(sum(influence) / 2, abs=1e-4)
     assert all(float(z.square().sum(1).mean()) == pytest.approx(1 + 2.0**2, abs=1e-4) for z in v.values())
+
+
+# --------------------------------------------------------------------------------------------------------- post hoc
+
+
+def solved(name: str, root: Path, **given: Any) -> Any:
+    method, _ = teachers(name, root, **given)
+    method.solve()
+    return method
+
+
+def procrustes(source: Tensor, target: Tensor) -> Tensor:
+    left, _, right = np.linalg.svd((source.double().T @ target.double()).numpy(), full_matrices=False)
+    return torch.from_numpy(left @ right).float()
+
+
+def test_adapters_are_fitted_to_the_support_that_is_named(root: Path) -> None:
+    method = solved("Adapted", root, per_side=True)
+    stored, expected = method.context.embeddings, {}
+    for side in ("image", "text"):
+        new, old = (F.normalize(stored[f"{n}_{side}"].views[r, side]) for n, r in (("new", 1), ("old", 0)))
+        kept = stored["new_text"].labels == 0 if side == "text" else torch.ones(len(new), dtype=torch.bool)
+        expected[side] = procrustes(new[kept], old[kept])
+    assert torch.allclose(method.network.maps[0].weight, expected["image"], atol=1e-5)
+    assert torch.allclose(method.network.maps[1].weight, expected["text"], atol=1e-5)
+    (only,) = solved("Adapted", root).network.maps
+    assert torch.allclose(only.weight, expected["text"], atol=1e-5)
+
+
+def test_fusion_at_weight_zero_is_old_old_and_its_weight_is_the_best_on_the_training_pairs(root: Path) -> None:
+    method = solved("Fused", root, fusion="nlerp")
+    link, task = method.link(), runner.open_task(protocol.load("digitcaptions@1", QUICK), None, "cpu")
+    stored = {n: method.context.embeddings[n].views[r, n[4:]] for n, r in (("old_image", 0), ("old_text", 0))}
+    texts, train = task.train_texts(1), task.parts["train"]
+    own = [{texts.index(text) for text in train.captions[i]} for i in task.train_index(1)]
+    old, gallery = F.normalize(stored["old_image"]), F.normalize(stored["old_text"])
+    new = F.normalize(
+        F.normalize(method.context.embeddings["new_image"].views[1, "image"]) @ method.network.maps[0].weight
+    )
+    recalls = []
+    for step in range(11):
+        scores = F.normalize((1 - step / 10) * old + step / 10 * new) @ gallery.T
+        best = [
+            max(s[j] for j in mine) > max(s[j] for j in range(len(s)) if j not in mine)
+            for s, mine in zip(scores.tolist(), own)
+        ]
+        recalls.append(sum(best) / len(best))
+    assert float(link.image[0]) == pytest.approx(recalls.index(max(recalls)) / 10)
+    link.image.zero_()
+    views = {(0, "image"): stored["old_image"], (1, "image"): new}
+    assert torch.equal(link.query(views, Stored(0, 16)), old)

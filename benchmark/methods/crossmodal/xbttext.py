@@ -35,7 +35,7 @@ class XBTText(Method):
     Args:
         sigma: norm of the noise beside |z| = 1; 0 = none.
         beta: weight of the contrastive term.
-        phi: "residual" = linear map (Procrustes at the start) plus an MLP; "linear", "mlp" = one of the two.
+        phi: "linear" map, Procrustes at the start; "residual" = that plus an MLP; "mlp" = the MLP alone.
         epochs, lr: of this stage, in place of the protocol's.
     """
 
@@ -43,20 +43,21 @@ class XBTText(Method):
     view: ClassVar = "texts"
     variants: ClassVar = {
         "XBTText-s0": {"sigma": 0.0},
-        "XBTText-s05": {"sigma": 0.05},
-        "XBTText-s20": {"sigma": 0.2},
-        "XBTText-linear": {"phi": "linear"},
+        "XBTText-s10": {"sigma": 0.1},
+        "XBTText-s30": {"sigma": 0.3},
+        "XBTText-residual": {"phi": "residual"},
+        "XBTText-residual-s0": {"phi": "residual", "sigma": 0.0},
     }
-    space: ClassVar = {"sigma": (0.0, 0.05, 0.1, 0.2, 0.4), "beta": (0.0, 1.0), "lr": (3e-4, 1e-3, 3e-3)}
+    space: ClassVar = {"sigma": (0.0, 0.1, 0.3, 1.0, 2.0), "phi": ("linear", "residual"), "lr": (1e-4, 3e-4, 1e-3)}
 
     def __init__(
         self,
         context: Context,
-        sigma: float = 0.1,
+        sigma: float = 1.0,
         beta: float = 1.0,
-        phi: Phi = "residual",
-        epochs: int = 40,
-        lr: float = 1e-3,
+        phi: Phi = "linear",
+        epochs: int = 20,
+        lr: float = 3e-4,
     ):
         super().__init__(context)
         self.sigma, self.beta, self.epochs, self.lr = sigma, beta, epochs, lr
