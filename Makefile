@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/compatbench demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
