@@ -158,7 +158,7 @@ def test_the_pair_loss_is_open_clips_where_no_caption_is_repeated() -> None:
 
 def naive_pair_loss(a: Tensor, b: Tensor, scale: float, ids: list[int]) -> float:
     total = 0.0
-    for x, y in ((a, b), (b, a)):
+    for x, y in ((a.detach(), b.detach()), (b.detach(), a.detach())):
         for i in range(len(x)):
             cosines = [float(x[i] @ y[j] / x[i].norm() / y[j].norm()) for j in range(len(y))]
             others = [math.exp(scale * c) for j, c in enumerate(cosines) if j == i or ids[j] != ids[i]]
