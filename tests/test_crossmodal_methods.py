@@ -73,7 +73,7 @@ def test_every_hyperparameter_is_explained(name: str) -> None:
 
 
 def test_methods_and_tasks_that_do_not_fit_are_refused() -> None:
-    for name, board in (("BCT", "digitcaptions@1"), ("XBT", "digits@1")):
+    for name, board in (("BCT", "digitcaptions@1"), ("XBT", "digits@1"), ("Adapted", "digits@1")):
         with pytest.raises(UserError, match=f"{name} is a method for images"):
             plan.build(protocol.load(board), plan.MethodRun.of(name), 0, "data")
 
