@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def run(name: str, root: Path, **given: Any) -> tuple[plan.Plan, Store, Any]:
-    definition = protocol.load("digitcaptions@1", QUICK)
+def run(name: str, root: Path, *overrides: str, **given: Any) -> tuple[plan.Plan, Store, Any]:
+    definition = protocol.load("digitcaptions@1", [*QUICK, *overrides])
     task = runner.open_task(definition, None, "cpu")
     made = plan.build(definition, plan.MethodRun.of(name, given), 0, task.fingerprint)
     store = Store(root)
@@ -64,6 +65,26 @@ def test_fills_all_cells_in_both_directions(name: str, root: Path) -> None:
     assert all(math.isfinite(value) for epoch in facts["history"] for value in epoch.values())
     old, own = made.bounds[0].spec["dim"], made.releases[1].spec["dim"]
     assert own == old or name.startswith("Cross")  # all but those two store vectors of the old space
+
+
+@pytest.mark.parametrize("name", ["XBTText", "XBT", "CrossBCT", "CrossBT2"])
+def test_interrupted_and_resumed_it_ends_bit_for_bit_as_it_would_have(name: str, root: Path) -> None:
+    given = {"epochs": 3} if name.startswith("XBT") else {}
+    made, store, task = run(name, root, "releases.1.recipe.epochs=3", **given)
+    node = made.releases[1]
+    folder, kept = store.folder(node), ("encoder.safetensors", "train.json")
+    before = [(folder / file).read_bytes() for file in kept]
+    shutil.rmtree(folder)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.compute(node, task, store, stop)
+    assert (folder / ".last.ckpt").is_file() and not store.done(node)
+    runner.compute(node, task, store, lambda done, total: None)
+    assert [(folder / file).read_bytes() for file in kept] == before
 
 
 @pytest.mark.parametrize("name", catalog.entries("two-sided method"))
