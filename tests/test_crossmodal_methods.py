@@ -291,6 +291,10 @@ def test_bt2_on_two_towers_equals_its_formula(root: Path) -> None:
     influence = [naive_pair_loss(b[s], old[o], scale, ids) for s, o in (("image", "text"), ("text", "image"))]
     assert terms["influence"] == pytest.approx(sum(influence) / 2, abs=1e-4)
     assert all(float(z.square().sum(1).mean()) == pytest.approx(1 + 2.0**2, abs=1e-4) for z in v.values())
+    # the new part is in one basis on both sides: <v_i, v_t> = <u_i, u_t> + energy^2 <f_i, f_t>
+    u = {s: F.normalize(method.network.change.old_branch(g)) for s, g in method.network.towers(batch.x).items()}
+    expected = (u["image"] * u["text"]).sum(1) + 4 * (f["image"] * f["text"]).sum(1)
+    assert torch.allclose((v["image"] * v["text"]).sum(1), expected, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- post hoc
