@@ -210,7 +210,7 @@ def teachers(name: str, root: Path, **given: Any) -> tuple[Any, Any]:
 
 
 def cosine(a: Tensor, b: Tensor) -> list[float]:
-    return [float(x @ y / x.norm() / y.norm()) for x, y in zip(a, b)]
+    return [float(x @ y / x.norm() / y.norm()) for x, y in zip(a.detach(), b.detach())]
 
 
 def test_stage_one_equals_its_formula_and_starts_as_procrustes(root: Path) -> None:
