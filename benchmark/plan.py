@@ -97,7 +97,10 @@ class _Builder:
         self.made: dict[tuple[str, int], Node] = {}
 
     def plan(self, method: MethodRun) -> Plan:
-        if method.cls.loss is not Method.loss and method.cls.two_sided != bool(self.sides):
+        plain = (
+            method.cls.loss is Method.loss and not method.cls.two_sided
+        )  # trains by the task's own loss, whatever it is
+        if not plain and method.cls.two_sided != bool(self.sides):
             what = "images and texts" if method.cls.two_sided else "images alone"
             raise UserError(f"{method.name} is a method for {what}, which {self.protocol.task} is no task of")
         count = len(self.protocol.releases)

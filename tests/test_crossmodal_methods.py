@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def run(name: str, root: Path, **given: Any) -> tuple[plan.Plan, Store, Any]:
-    definition = protocol.load("digitcaptions@1", QUICK)
+def run(name: str, root: Path, *overrides: str, **given: Any) -> tuple[plan.Plan, Store, Any]:
+    definition = protocol.load("digitcaptions@1", [*QUICK, *overrides])
     task = runner.open_task(definition, None, "cpu")
     made = plan.build(definition, plan.MethodRun.of(name, given), 0, task.fingerprint)
     store = Store(root)
@@ -66,6 +67,26 @@ def test_fills_all_cells_in_both_directions(name: str, root: Path) -> None:
     assert own == old or name.startswith("Cross")  # all but those two store vectors of the old space
 
 
+@pytest.mark.parametrize("name", ["XBTText", "XBT", "CrossBCT", "CrossBT2"])
+def test_interrupted_and_resumed_it_ends_bit_for_bit_as_it_would_have(name: str, root: Path) -> None:
+    given = {"epochs": 3} if name.startswith("XBT") else {}
+    made, store, task = run(name, root, "releases.1.recipe.epochs=3", **given)
+    node = made.releases[1]
+    folder, kept = store.folder(node), ("encoder.safetensors", "train.json")
+    before = [(folder / file).read_bytes() for file in kept]
+    shutil.rmtree(folder)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.compute(node, task, store, stop)
+    assert (folder / ".last.ckpt").is_file() and not store.done(node)
+    runner.compute(node, task, store, lambda done, total: None)
+    assert [(folder / file).read_bytes() for file in kept] == before
+
+
 @pytest.mark.parametrize("name", catalog.entries("two-sided method"))
 def test_every_hyperparameter_is_explained(name: str) -> None:
     cls, defaults = catalog.method(name)
@@ -73,7 +94,7 @@ def test_every_hyperparameter_is_explained(name: str) -> None:
 
 
 def test_methods_and_tasks_that_do_not_fit_are_refused() -> None:
-    for name, board in (("BCT", "digitcaptions@1"), ("XBT", "digits@1")):
+    for name, board in (("BCT", "digitcaptions@1"), ("XBT", "digits@1"), ("Adapted", "digits@1")):
         with pytest.raises(UserError, match=f"{name} is a method for images"):
             plan.build(protocol.load(board), plan.MethodRun.of(name), 0, "data")
 
@@ -158,7 +179,7 @@ def test_the_pair_loss_is_open_clips_where_no_caption_is_repeated() -> None:
 
 def naive_pair_loss(a: Tensor, b: Tensor, scale: float, ids: list[int]) -> float:
     total = 0.0
-    for x, y in ((a, b), (b, a)):
+    for x, y in ((a.detach(), b.detach()), (b.detach(), a.detach())):
         for i in range(len(x)):
             cosines = [float(x[i] @ y[j] / x[i].norm() / y[j].norm()) for j in range(len(y))]
             others = [math.exp(scale * c) for j, c in enumerate(cosines) if j == i or ids[j] != ids[i]]
@@ -189,7 +210,7 @@ def teachers(name: str, root: Path, **given: Any) -> tuple[Any, Any]:
 
 
 def cosine(a: Tensor, b: Tensor) -> list[float]:
-    return [float(x @ y / x.norm() / y.norm()) for x, y in zip(a, b)]
+    return [float(x @ y / x.norm() / y.norm()) for x, y in zip(a.detach(), b.detach())]
 
 
 def test_stage_one_equals_its_formula_and_starts_as_procrustes(root: Path) -> None:
@@ -270,6 +291,10 @@ def test_bt2_on_two_towers_equals_its_formula(root: Path) -> None:
     influence = [naive_pair_loss(b[s], old[o], scale, ids) for s, o in (("image", "text"), ("text", "image"))]
     assert terms["influence"] == pytest.approx(sum(influence) / 2, abs=1e-4)
     assert all(float(z.square().sum(1).mean()) == pytest.approx(1 + 2.0**2, abs=1e-4) for z in v.values())
+    # the new part is in one basis on both sides: <v_i, v_t> = <u_i, u_t> + energy^2 <f_i, f_t>
+    u = {s: F.normalize(method.network.change.old_branch(g)) for s, g in method.network.towers(batch.x).items()}
+    expected = (u["image"] * u["text"]).sum(1) + 4 * (f["image"] * f["text"]).sum(1)
+    assert torch.allclose((v["image"] * v["text"]).sum(1), expected, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- post hoc

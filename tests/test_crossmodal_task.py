@@ -14,9 +14,10 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmark import embeddings, plan, protocol, results, runner
+from benchmark import captions, embeddings, plan, protocol, results, runner, zeroshot
 from benchmark.errors import UserError
 from benchmark.store import Store
+from benchmark.towers import Spec, check_activation
 from tasks.crossmodal import Crossmodal
 
 DEMO = "digitcaptions@1"
@@ -247,3 +248,34 @@ def test_what_the_task_refuses(args: dict[str, Any], message: str, released: Pat
         Crossmodal(definition, released, **(args or definition.task_args)).items("validation", "image")
     with pytest.raises(UserError, match="there is no folder"):
         Crossmodal(definition, released / "nowhere", **definition.task_args)
+
+
+def test_zero_shot_recalls_equal_open_clips_own_way(released: Path) -> None:
+    """open_clip's loader, tokenizer and topk, by index, as CLIP_benchmark does it."""
+    import open_clip
+
+    folder = released / "vit-l-14"
+    data = captions.read(released / "val.json", released / "val")
+    found = zeroshot.recalls(Spec.of(f"open_clip/local-dir:{folder}", {}, 12), data, "cpu")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    with torch.no_grad():
+        images = torch.stack([transform(Image.open(path)) for path in data.image_paths])
+        z = model.eval().encode_image(images, normalize=True)
+        texts = [text for own in data.captions for text in own]
+        scores = z @ model.encode_text(tokenizer(texts), normalize=True).T  # (20, 60)
+    for k, ours_i2t, ours_t2i in zip((1, 5, 10), found["I2T"], found["T2I"]):
+        i2t = [any(j // 3 == i for j in row) for i, row in enumerate(scores.topk(k).indices.tolist())]
+        t2i = [i // 3 in row for i, row in enumerate(scores.T.topk(k).indices.tolist())]
+        assert ours_i2t == pytest.approx(100 * sum(i2t) / 20, abs=0.3) and ours_t2i == pytest.approx(
+            100 * sum(t2i) / 60, abs=0.3
+        )
+
+
+def test_zero_shot_names_are_checked_before_any_download() -> None:
+    for name, published in zeroshot.PUBLISHED.items():
+        model, _, tag = name.partition(":")
+        check_activation(model, tag)
+        assert all(0 < a < b < c < 100 for part in published[1:] for a, b, c in part.values())
+    with pytest.raises(UserError, match="unknown model with published numbers"):
+        zeroshot.check(Path("data"), ["ViT-B-32:openai"], "cpu")

@@ -28,7 +28,7 @@ from benchmark.towers import SIDES, TwoSided
 
 
 class CrossBT2(Widened):
-    """BT2's basis changes on both towers, with extra dims; follows the oracle and the old model.
+    """BT2's basis changes behind both towers, with extra dims; follows the oracle and the old model.
 
     Args:
         match_new: l1, pull of f to the oracle's embedding.
@@ -94,14 +94,15 @@ class CrossBT2(Widened):
 
 
 class ChangedTowers(TwoSided):
-    """A basis change behind each tower; the towers embed into new + old dims, see `BasisChange`."""
+    """One basis change behind both towers, which embed into new + old dims; see `BasisChange`.
+
+    With one for each, P1 f of an image and P1 f of its caption would lie in two bases, and new/new would be lost.
+    """
 
     def __init__(self, towers: TwoSided, new: int, old: int, extra: int, energy: float):
         super().__init__()
         self.towers = towers
-        self.changes = nn.ModuleDict(
-            {s: BasisChange(nn.Identity(), new, old, extra, energy, relu=False) for s in SIDES}
-        )
+        self.change = BasisChange(nn.Identity(), new, old, extra, energy, relu=False)
 
     @property
     def logit_scale(self) -> Tensor:  # type: ignore[override]
@@ -109,10 +110,10 @@ class ChangedTowers(TwoSided):
 
     def parts(self, x: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """By side f (B, new) and v (B, extra + new)."""
-        return {side: self.changes[side].parts(g) for side, g in self.towers(x).items()}
+        return {side: self.change.parts(g) for side, g in self.towers(x).items()}
 
     def image(self, x: Tensor) -> Tensor:
-        return self.changes["image"](self.towers.image(x))
+        return self.change(self.towers.image(x))
 
     def text(self, tokens: Tensor) -> Tensor:
-        return self.changes["text"](self.towers.text(tokens))
+        return self.change(self.towers.text(tokens))

@@ -61,7 +61,7 @@ class XBT(Method):
         text_weight: float = 1.0,
         pair_weight: float = 1.0,
         phi_rate: float = 0.1,
-        sigma: float = 1.0,
+        sigma: float = 0.1,
         phi: Phi = "linear",
         epochs: int = 8,
         lr: float = 1e-3,
