@@ -37,6 +37,7 @@ from benchmark.record import (
 from benchmark.store import Store
 from benchmark.task import Task
 
+EMBEDDED = ("main", "image", "text")  # views that are a release's own embeddings; others are side information
 ROOT = Path(__file__).resolve().parent.parent
 Cells = Mapping[tuple[int, int], Node | None]
 
@@ -276,13 +277,10 @@ def cost(plan: Plan, task: Task, store: Store) -> Cost:
 
 
 def side_dims(cell: Node) -> int:
-    """Numbers stored per item beside its embedding: what the link reads under views other than "main"."""
-    inputs = cell.inputs.items()
-    return sum(
-        node.inputs["encoder"].spec["dim"]
-        for name, node in inputs
-        if name.startswith("gallery/") and name[-4:] != "main"
-    )
+    """Numbers stored per item beside its embedding: side information, by an encoder that no release is."""
+    main = {node.inputs["encoder"].id for name, node in cell.inputs.items() if name.rpartition("/")[2] in EMBEDDED}
+    stored = [node.inputs["encoder"] for name, node in cell.inputs.items() if name.startswith("gallery/")]
+    return sum(encoder.spec["dim"] for encoder in stored if encoder.id not in main)
 
 
 def row_nodes(plan: Plan) -> list[Node]:

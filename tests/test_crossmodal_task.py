@@ -176,6 +176,7 @@ def test_a_chain_of_three_pretrained_releases(name: str, released: Path, tmp_pat
         {(0, 0), (1, 1), (2, 2)} if name == "Independent" else {(t, k) for t in range(3) for k in range(t + 1)}
     )
     record, _ = results.assemble(made, task, store, tmp_path)
+    assert record.cost.bytes_per_item == [4 * node.spec["dim"] for node in made.releases]  # no side information
     expected = {
         "all",
         "I2T",
