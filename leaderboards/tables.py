@@ -20,8 +20,9 @@ from benchmark.statistics import Interval
 
 TOLERANCE = 1e-6  # outputs keep AP in float32
 RESAMPLES = 2000  # of intervals
-RANK_RESAMPLES = 80  # of AM, for each pair of the largest group: Holm at 5 % asks for p-values below 0.05 / pairs, and R resamples
-# give none below 2 / (R + 1)
+# Of AM, for each pair of the largest group: Holm at 5 % asks for p-values below 0.05 / pairs, and R resamples give none below
+# 2 / (R + 1).
+RANK_RESAMPLES = 80
 LEVEL = (0.025, 0.975)
 
 Cell = tuple[int, int]  # (query release, gallery release)

@@ -139,7 +139,8 @@ def shown(stratum: str) -> dict[str, dict[str, str]]:
     """method -> column -> cell of the stratum's table of cmc@1 in the committed page."""
     section = (LITE / "README.md").read_text().partition(f"## cmc@1, queries: {stratum} (")[2].partition("\n## ")[0]
     table = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    return {line[0]: dict(zip(table[0], line)) for line in table if line[0] not in ("method", "---")}  # one head a kind of row
+    # one head a kind of row
+    return {line[0]: dict(zip(table[0], line)) for line in table if line[0] not in ("method", "---")}
 
 
 @pytest.mark.parametrize("stratum", ["all", "never-seen"])
