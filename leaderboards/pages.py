@@ -130,7 +130,9 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
     strata = record.ordered(first.matrices[metric])
     by_stratum = {s: tables.lines(found, metrics if s == "all" else [metric], s) for s in strata}
     main = by_stratum["all"][metric]
-    text = [f"# {folder.name}", definition.description + ".", "![compatibility matrices](matrices.png)"]
+    text = [f"# {folder.name}", definition.description + "."]
+    text += [definition.notes.strip()] if definition.notes else []
+    text += ["![compatibility matrices](matrices.png)"]
     text += [legend(metric, ENDS)]
     steps = tables.upgrades(tables.independent_row(found), metric)
     said = [f"{step}: {100 * i.mean:+.1f} ({100 * i.lower:+.1f} to {100 * i.upper:+.1f})" for step, i in steps.items()]
