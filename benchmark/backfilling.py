@@ -21,8 +21,7 @@ from benchmark.errors import UserError
 from benchmark.outputs import values
 from benchmark.plan import Node, Plan
 from benchmark.protocol import derive_seed
-from benchmark.record import ProtocolInfo
-from benchmark.results import method_info, suite_info
+from benchmark.results import method_info, protocol_info, suite_info
 from benchmark.retrieval import Ranking, rank_mixtures
 from benchmark.store import Store
 from benchmark.task import Task
@@ -149,13 +148,7 @@ def record(plan: Plan, task: Task, store: Store, overrides: Sequence[str] = ()) 
     """The backfill record of a plan whose `nodes` have been computed."""
     return curves.BackfillRecord(
         schema_version=curves.SCHEMA_VERSION,
-        protocol=ProtocolInfo(
-            id=plan.protocol.id,
-            version=plan.protocol.version,
-            sha256=plan.protocol.sha256,
-            overrides=list(overrides),
-            split=plan.split,
-        ),
+        protocol=protocol_info(plan.protocol, overrides, plan.split),
         suite=suite_info(),
         method=method_info(plan),
         seed=plan.seed,

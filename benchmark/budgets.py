@@ -120,9 +120,7 @@ def study(
             )
     bound = {seed: build(protocol, MethodRun.of("Independent"), seed, task.fingerprint) for seed in seeds}
     return PairsRecord(
-        protocol=ProtocolInfo(
-            id=protocol.id, version=protocol.version, sha256=protocol.sha256, overrides=[], split="test"
-        ),
+        protocol=results.protocol_info(protocol),
         suite=results.suite_info(),
         data_fingerprint=task.fingerprint,
         metric=protocol.primary_metric,

@@ -20,7 +20,7 @@ from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import sha256_file, write_bytes
 from benchmark.plan import Node, Plan
-from benchmark.protocol import LEADERBOARDS, derive_seed, to_json
+from benchmark.protocol import LEADERBOARDS, Protocol, derive_seed, to_json
 from benchmark.record import (
     METRICS_VERSION,
     SCHEMA_VERSION,
@@ -53,13 +53,7 @@ def assemble(plan: Plan, task: Task, store: Store, folder: Path, overrides: Sequ
     counted = store.read_json(first, "scores.json")
     record = Record(
         schema_version=SCHEMA_VERSION,
-        protocol=ProtocolInfo(
-            id=plan.protocol.id,
-            version=plan.protocol.version,
-            sha256=plan.protocol.sha256,
-            overrides=list(overrides),
-            split=plan.split,
-        ),
+        protocol=protocol_info(plan.protocol, overrides, plan.split),
         suite=suite_info(),
         method=method_info(plan),
         seed=plan.seed,
@@ -184,6 +178,12 @@ def flips(own: Mapping, old: Mapping, metric: str, mask: np.ndarray, t: int, k: 
     kept = ~np.isnan(before)
     found = compatibility.flips(before[kept] == 1, after[kept] == 1)
     return {"positive": found.positive, "negative": found.negative}
+
+
+def protocol_info(protocol: Protocol, overrides: Sequence[str] = (), split: str = "test") -> ProtocolInfo:
+    return ProtocolInfo(
+        id=protocol.id, version=protocol.version, sha256=protocol.sha256, overrides=list(overrides), split=split
+    )
 
 
 def method_info(plan: Plan) -> MethodInfo:
