@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from benchmark import __version__, catalog, doors
+from benchmark import catalog, doors
 from benchmark import protocol as protocols
 from benchmark.errors import UserError, unknown
+from benchmark.parser import make_parser
 
 if TYPE_CHECKING:
     from benchmark.plan import Node, Plan
@@ -53,154 +54,6 @@ def refuse_foreign_modules() -> None:
                 f"the module '{name}' on the Python path is not CompatBench's ({where}); run from another folder, or take that "
                 f"path out of PYTHONPATH"
             )
-
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="compatbench",
-        description="The benchmark of compatible representation learning: upgrade an embedding model, keep the gallery.",
-        version=__version__,
-    )
-    commands = parser.add_subcommands(required=True, dest="subcommand")
-
-    def command(name: str, summary: str, example: str) -> ArgumentParser:
-        sub = ArgumentParser(description=f"{summary} Example: {example}")
-        commands.add_subcommand(name, sub, help=summary)
-        return sub
-
-    run = command(
-        "run",
-        "Train and evaluate methods on a protocol; resumable, nothing is computed twice.",
-        "compatbench run cifar100-lite@1 --method BCT --seed 0 --data DIR",
-    )
-    run.add_argument("protocol", help="leaderboard name, its folder, or a YAML file")
-    run.add_argument("--method", nargs="+", required=True, help="names, 'all', or package.module.Class of your own")
-    run.add_argument(
-        "--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all' (default: its first)"
-    )
-    run.add_argument("--data", type=Path, help="folder with the data")
-    run.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go (default: runs)")
-    run.add_argument(
-        "--mode",
-        choices=["chain", "pairwise"],
-        default="chain",
-        help="old = own release before, or the independent one",
-    )
-    run.add_argument("--split", choices=["test", "validation"], default="test")
-    run.add_argument("--tuned", action="store_true", help="at the settings that `tune` chose on the protocol")
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter of the method")
-    run.add_argument(
-        "--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol: off-protocol"
-    )
-    run.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    run.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    run.add_argument(
-        "--wandb", choices=["online", "offline", "disabled"], help="default: online with a key, else offline"
-    )
-    run.add_argument("--publish", action="store_true", help="also write the records into the protocol's leaderboard")
-    run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, compute nothing")
-
-    backfill = command(
-        "backfill",
-        "Accuracy while the gallery is being re-embedded: curves of methods, or a plan's forecast (--plan).",
-        "compatbench backfill cifar100-lite@1 --method FastFill RQT --data DIR",
-    )
-    backfill.add_argument("protocol", nargs="?", help="leaderboard name, its folder, or a YAML file")
-    backfill.add_argument("--method", nargs="+", default=[], help="names of methods")
-    backfill.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
-    backfill.add_argument("--data", type=Path, help="folder with the data")
-    backfill.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go")
-    backfill.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
-    backfill.add_argument("--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol")
-    backfill.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    backfill.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    backfill.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    backfill.add_argument("--publish", action="store_true", help="also write the records into the leaderboard")
-    backfill.add_argument("--plan", type=Path, help="a YAML file: forecast of one backfill in hours; needs no data")
-    backfill.add_argument("--png", type=Path, help="the chart (default: backfill.png beside the records)")
-
-    pairs = command(
-        "pairs",
-        "Which map between two spaces is best at 100, 1,000 and 10,000 pairs, on a protocol's releases.",
-        "compatbench pairs cifar100-lite@1 --data DIR",
-    )
-    pairs.add_argument("protocol", help="leaderboard name")
-    pairs.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
-    pairs.add_argument("--data", type=Path, help="folder with the data")
-    pairs.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
-    pairs.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    pairs.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    pairs.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    pairs.add_argument("--publish", action="store_true", help="also write the record into the leaderboard")
-
-    tune = command(
-        "tune",
-        "Choose a method's hyperparameters by the tuning rule: six trials on the validation split, logged.",
-        "compatbench tune cifar100-lite@1 --method BCT --data DIR",
-    )
-    tune.add_argument("protocol", help="leaderboard name")
-    tune.add_argument("--method", nargs="+", required=True, help="names of methods")
-    tune.add_argument("--data", type=Path, help="folder with the data")
-    tune.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
-    tune.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    tune.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    tune.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-
-    listing = command("list", "Names of methods, tasks and leaderboards.", "compatbench list methods --verbose")
-    listing.add_argument("what", nargs="?", choices=["methods", "tasks", "leaderboards", "all"], default="all")
-    listing.add_argument("--verbose", action="store_true", help="hyperparameters with defaults and tuning space")
-
-    doctor = command(
-        "doctor", "Check machine, packages and data before hours are spent.", "compatbench doctor --data DIR"
-    )
-    doctor.add_argument("--protocol", nargs="+", help="check these only (default: all)")
-    doctor.add_argument("--data", type=Path, help="folder with the data")
-
-    show = command(
-        "show", "Matrix and summary of records or of a leaderboard.", "compatbench show cifar100-lite@1 --png out.png"
-    )
-    show.add_argument("what", help="a record, a folder of records, or a leaderboard's name")
-    show.add_argument("--metric", help="cmc@1, cmc@5 or map (default: the protocol's primary metric)")
-    show.add_argument("--stratum", default="all", help="all, old-seen, new-only, never-seen")
-    show.add_argument("--png", type=Path, help="write the matrices as a picture")
-
-    evaluate = command(
-        "evaluate",
-        "Exact metrics of your own embeddings (.npy or .safetensors).",
-        "compatbench evaluate --queries q.npy --gallery g.npy --query-labels ql.npy --gallery-labels gl.npy",
-    )
-    evaluate.add_argument(
-        "--queries", type=Path, required=True, help="(N, D); a safetensors file may hold labels and ids too"
-    )
-    evaluate.add_argument("--gallery", type=Path, help="(M, D); without it every query searches all others")
-    evaluate.add_argument("--query-labels", type=Path)
-    evaluate.add_argument("--gallery-labels", type=Path)
-    evaluate.add_argument("--query-ids", type=Path, help="with gallery ids: an item never retrieves itself")
-    evaluate.add_argument("--gallery-ids", type=Path)
-    evaluate.add_argument("--similarity", choices=["cosine", "l2"], default="cosine")
-    evaluate.add_argument("--json", action="store_true", help="machine-readable output")
-
-    doors.adapt_arguments(
-        command(
-            "adapt",
-            "Fit an adapter to paired embeddings, or apply one to a file of any size.",
-            "compatbench adapt --old old.npy --new new.npy --method Procrustes Ridge --out adapter.safetensors",
-        )
-    )
-
-    doors.audit_arguments(
-        command(
-            "audit",
-            "Is an adapter good enough to go without re-embedding? No labels needed.",
-            "compatbench audit --queries-old qo.npy --queries-new qn.npy --gallery-old go.npy --gallery-new gn.npy "
-            "--adapter adapter.safetensors",
-        )
-    )
-
-    demo = command("demo", "Four methods on the bundled digits, in a minute.", "compatbench demo")
-    demo.add_argument("--runs", type=Path, default=Path("runs"))
-    return parser
 
 
 def command_run(args: Namespace) -> None:

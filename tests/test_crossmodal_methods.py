@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from benchmark.method import Context
 from benchmark.methods.crossmodal._mapped import add_lora, remove_lora
 from benchmark.store import Store
 from benchmark.towers import Spec
+from tests.resuming import assert_resumes_bit_for_bit
 
 NAMES = catalog.names("two-sided method")
 QUICK = ["releases.0.recipe.epochs=1", "releases.1.recipe.epochs=1"]
@@ -71,20 +71,7 @@ def test_fills_all_cells_in_both_directions(name: str, root: Path) -> None:
 def test_interrupted_and_resumed_it_ends_bit_for_bit_as_it_would_have(name: str, root: Path) -> None:
     given = {"epochs": 3} if name.startswith("XBT") else {}
     made, store, task = run(name, root, "releases.1.recipe.epochs=3", **given)
-    node = made.releases[1]
-    folder, kept = store.folder(node), ("encoder.safetensors", "train.json")
-    before = [(folder / file).read_bytes() for file in kept]
-    shutil.rmtree(folder)
-
-    def stop(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runner.compute(node, task, store, stop)
-    assert (folder / ".last.ckpt").is_file() and not store.done(node)
-    runner.compute(node, task, store, lambda done, total: None)
-    assert [(folder / file).read_bytes() for file in kept] == before
+    assert_resumes_bit_for_bit(made.releases[1], task, store)
 
 
 @pytest.mark.parametrize("name", catalog.entries("two-sided method"))

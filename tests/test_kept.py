@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from benchmark.backbones import build
 from benchmark.images import ImageLoader
 from benchmark.method import Encoder
 from benchmark.store import Store
+from tests.resuming import assert_resumes_bit_for_bit
 
 N, B = 75, 32
 
@@ -183,16 +183,4 @@ def test_an_encoder_that_only_lends_its_head_is_never_run(tmp_path: Path) -> Non
 
 def test_a_resumed_training_ends_with_the_same_weights_and_the_same_bill(tmp_path: Path) -> None:
     task, store, node, _ = train(tmp_path, "BT2", "[flip]", "32-true")
-    folder, files = store.folder(node), ("encoder.safetensors", "train.json")
-    before = [(folder / file).read_bytes() for file in files]
-    shutil.rmtree(folder)
-
-    def stop(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runner.compute(node, task, store, stop)
-    assert (folder / ".last.ckpt").is_file()
-    runner.compute(node, task, store, lambda done, total: None)
-    assert [(folder / file).read_bytes() for file in files] == before
+    assert_resumes_bit_for_bit(node, task, store)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmark.images import Batch
 from benchmark.method import Context, Encoder
 from benchmark.protocol import HeadSpec, Release
 from benchmark.store import Store
+from tests.resuming import assert_resumes_bit_for_bit
 
 NAMES = catalog.names("method")  # variants included
 BRIDGES = [name for name in NAMES if issubclass(catalog.load("method", name), Bridge)]  # no release is trained again
@@ -281,20 +281,7 @@ def test_training_leaves_the_old_encoder_bit_identical(name: str, root: Path) ->
 def test_interrupted_and_resumed_it_ends_bit_for_bit_as_it_would_have(name: str, root: Path) -> None:
     """Queues, prototypes made on the way, schedules, random masks: whatever a method keeps must be in its checkpoint."""
     made, store, task = run(name, root, "releases.1.recipe.epochs=3")
-    node = learned(made)[0]
-    folder, kept = store.folder(node), ("link.safetensors" if "k" in node.spec else "encoder.safetensors", "train.json")
-    before = [(folder / file).read_bytes() for file in kept]
-    shutil.rmtree(folder)
-
-    def stop(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runner.compute(node, task, store, stop)
-    assert (folder / ".last.ckpt").is_file() and not store.done(node)
-    runner.compute(node, task, store, lambda done, total: None)
-    assert [(folder / file).read_bytes() for file in kept] == before
+    assert_resumes_bit_for_bit(learned(made)[0], task, store)
 
 
 def of_images() -> list[str]:

@@ -36,7 +36,7 @@ def test_every_file_that_the_readme_names_exists() -> None:
 
 
 def test_every_command_of_the_readme_parses() -> None:
-    from benchmark.__main__ import make_parser
+    from benchmark.parser import make_parser
 
     for line in re.findall(r"^compatbench (.*?)(?:  +#.*)?$", README, re.MULTILINE):
         make_parser().parse_args(line.split())
