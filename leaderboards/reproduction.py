@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -18,14 +18,16 @@ import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from benchmark import protocol
+from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.record import Strict
-from leaderboards import tables
+from leaderboards import backfills, tables
 from leaderboards.pages import markdown
 
 DATA = protocol.LEADERBOARDS / "reproduction.yaml"
 PAGE = protocol.LEADERBOARDS / "REPRODUCTION.md"
 CELLS = {"old/old": (0, 0), "new/old": (1, 0), "new/new": (1, 1)}  # (query release, gallery release) of two releases
+AREA = "AUC"  # FastFill's: the plain mean of 22 points of a backfill from the first release to the second
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Percent = Annotated[Decimal, Field(ge=0, le=100)]  # Decimal: "71.60" stays as it was printed
@@ -76,7 +78,13 @@ class Result(Strict):
     variant: str = ""
     note: str = ""
     record: Text | None = None  # the row of our leaderboard, where it is not named like the method
+    order: Literal["random", "own", "class means"] | None = None  # of re-embedding, where the case is an area
     status: Status | None = None  # pins what the records say
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What tells the line from all others of its method."""
+        return self.setting, self.source, self.case, self.variant, self.order or "", self.note
 
 
 class Method(Strict):
@@ -110,7 +118,7 @@ class Table(Strict):
                 ):
                     if name not in known:
                         raise ValueError(f"{method.name}: unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
-                lines[method.name, result.setting, result.source, result.case, result.variant, result.note] += 1
+                lines[method.name, *result.place] += 1
         if twice := [line for line, count in lines.items() if count > 1]:
             raise ValueError(f"given twice: {' '.join(twice[0])}")
         if len({method.name for method in self.methods}) < len(self.methods):
@@ -143,18 +151,30 @@ class Measured:
     status: Status
 
 
-Boards = Callable[[str], Mapping[str, tables.Row]]
+@dataclass(frozen=True)
+class Board:
+    """What we measured under one protocol, by method."""
+
+    rows: Mapping[str, tables.Row]
+    backfills: Mapping[str, Sequence[BackfillRecord]]
+
+
+Boards = Callable[[str | None], Board]
 
 
 def boards(root: Path) -> Boards:
-    """Rows of a leaderboard under `root` by name, each board read once; none if it is not there."""
+    """The leaderboards under `root` by name, each read once; an empty one if it is not there."""
 
     @functools.cache
-    def rows(name: str) -> Mapping[str, tables.Row]:
-        folder = root / name
-        return {row.name: row for row in tables.rows(folder)} if folder.is_dir() else {}
+    def read(name: str | None) -> Board:
+        if name is None or not (root / name).is_dir():
+            return Board({}, {})
+        curves: dict[str, list[BackfillRecord]] = {}
+        for one in backfills.read(root / name):
+            curves.setdefault(one.method.name, []).append(one)
+        return Board({row.name: row for row in tables.rows(root / name)}, curves)
 
-    return rows
+    return read
 
 
 def measure(table: Table, method: Method, result: Result, found: Boards) -> Measured:
@@ -165,17 +185,12 @@ def measure(table: Table, method: Method, result: Result, found: Boards) -> Meas
     Raises:
         UserError: the line's typed status is not what the records give.
     """
-    setting, values = table.settings[result.setting], {}
-    row = found(setting.protocol).get(result.record or method.name) if setting.protocol else None
-    if row is not None and result.case in CELLS:
-        strangers = {one.protocol.id for one in row.records} - {setting.protocol}
-        if strangers or len(row.records[0].releases) != 2:
-            raise UserError(
-                f"{setting.protocol}/{row.name}: records of {', '.join(strangers) or 'other than two releases'}; "
-                f"they do not measure the setting '{result.setting}'"
-            )
-        for metric in result.values.keys() & row.records[0].matrices.keys():
-            values[metric] = 100 * float(row.mean(metric, "all")[CELLS[result.case]])
+    setting = table.settings[result.setting]
+    board, name = found(setting.protocol), result.record or method.name
+    if result.case == AREA:
+        values, seeds = _areas(board.backfills.get(name, ()), result)
+    else:
+        values, seeds = _cells(board.rows.get(name), result, setting.protocol)
     gaps = {metric: value - float(result.values[metric]) for metric, value in values.items()}
     close = sum(abs(gap) <= (setting.tolerance or 0) + 1e-9 for gap in gaps.values())
     status: Status = "not run"
@@ -186,7 +201,31 @@ def measure(table: Table, method: Method, result: Result, found: Boards) -> Meas
             f"{method.name}, {result.setting}, {result.case}: status '{result.status}' is typed, but the records of "
             f"{setting.protocol or 'no protocol'} give '{status}'"
         )
-    return Measured(values, gaps, len(row.records) if row is not None and gaps else 0, status)
+    return Measured(values, gaps, seeds if gaps else 0, status)
+
+
+def _cells(row: tables.Row | None, result: Result, board: str | None) -> tuple[dict[str, float], int]:
+    """Metric -> percent of the line's cell, and the number of seeds."""
+    if row is None or result.case not in CELLS:
+        return {}, 0
+    strangers = {one.protocol.id for one in row.records} - {board}
+    if strangers or len(row.records[0].releases) != 2:
+        raise UserError(
+            f"{board}/{row.name}: records of {', '.join(strangers) or 'other than two releases'}; "
+            f"they do not measure the setting '{result.setting}'"
+        )
+    metrics = result.values.keys() & row.records[0].matrices.keys()
+    cell = CELLS[result.case]
+    return {metric: 100 * float(row.mean(metric, "all")[cell]) for metric in metrics}, len(row.records)
+
+
+def _areas(records: Sequence[BackfillRecord], result: Result) -> tuple[dict[str, float], int]:
+    """The same of a backfill's area, by the line's order."""
+    curves = [c for one in records for c in one.find(1, [0]).curves if c.order == result.order]
+    if not curves:
+        return {}, 0
+    metrics = result.values.keys() & curves[0].fastfill_mean.keys()
+    return {m: 100 * sum(c.fastfill_mean[m] for c in curves) / len(curves) for m in metrics}, len(curves)
 
 
 # ----------------------------------------------------------------------------------------------------------- rendering
@@ -232,7 +271,8 @@ def render(table: Table, root: Path = protocol.LEADERBOARDS) -> str:
 
 
 def _line(table: Table, result: Result, ours: Measured) -> list[str]:
-    case = f"{result.case}, {result.variant}" if result.variant else result.case
+    order = f"order: {result.order}" if result.order else ""
+    case = ", ".join(part for part in (result.case, result.variant, order) if part)
     mine = [f"{ours.values[metric]:.1f}" if metric in ours.values else "–" for metric in result.values]
     gaps = [f"{ours.gaps[metric]:+.1f}" if metric in ours.gaps else "–" for metric in result.values]
     published = " / ".join(str(value) for value in result.values.values())

@@ -15,6 +15,7 @@ from benchmark import catalog, protocol
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from leaderboards import reproduction
+from tests import test_backfill_pages as backfilled
 
 TABLE = reproduction.load()
 PUBLISHED: dict[str, Any] = {
@@ -213,6 +214,21 @@ def test_records_become_ours_gap_and_status(tmp_path: Path) -> None:
     assert by_case["new/new"][5:8] == ["75.0 / – (n = 2)", "-6.6 / –", "not reproduced"]
     assert by_case["AUC"][5:8] == ["", "", "not run"]
     assert "1 reproduced, 1 partly, 1 not reproduced, 1 not run" in page
+
+
+def test_areas_come_from_backfill_records_by_the_lines_order(tmp_path: Path) -> None:
+    """Random starts at 20 %, the own order at 30 %, a point more for the second seed; both end at 50 %."""
+    board(tmp_path)
+    for seed in (0, 1):
+        record = backfilled.record(seed, "BCT", "small@1")
+        record.save(tmp_path / "small@1" / "BCT" / f"backfill-seed{seed}.json")
+    data = json.loads(json.dumps(PUBLISHED))
+    area = data["methods"][0]["results"].pop()
+    data["methods"][0]["results"] += [area | {"order": order} for order in ("random", "own", "class means")]
+    page = reproduction.render(reproduction.load(written(tmp_path, data)), tmp_path)
+    found = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if "AUC, order" in line]
+    assert [line[2] for line in found] == ["AUC, order: random", "AUC, order: own", "AUC, order: class means"]
+    assert [line[6] for line in found] == ["35.2 (n = 2)", "40.2 (n = 2)", ""]  # (20.5 + 50) / 2, (30.5 + 50) / 2
 
 
 def test_a_pinned_status_must_be_what_the_records_give(tmp_path: Path) -> None:
