@@ -63,7 +63,8 @@ def command_run(args: Namespace) -> None:
     names = [name for item in args.method for name in item.split(",")]
     if "all" in names:
         two_sided = catalog.load("task", protocol.task).sides
-        names = ["Independent", *catalog.entries("two-sided method")] if two_sided else list(catalog.entries("method"))
+        rivals = [name for name in catalog.entries("method") if name not in catalog.PARTS]
+        names = ["Independent", *catalog.entries("two-sided method")] if two_sided else rivals
     run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
 
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ROOT / "benchmark" / "methods"
 FOLDERS = {"method": METHODS, "two-sided method": METHODS / "crossmodal", "task": ROOT / "tasks"}
 
+PARTS = ("SimCLR",)  # no rivals: trained as parts of other methods, or when asked for by name
+
 
 @dataclass(frozen=True)
 class Entry:

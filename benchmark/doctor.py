@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}  # uploaded on 2026-04-30, Lightning-AI/pytorch-lightning issue 21691
 ROOM = 2 * 2**30  # bytes of free disk and of memory below which we warn
 SECONDS = 2.0  # of real training steps timed for each release
+SMALL = 64**2  # pixels of an image whose steps are timed on a CPU without being asked for
 PIXELS = 2**18  # of a batch timed on a CPU: a whole one of large images would take minutes, and all memory
 
 
@@ -50,7 +51,7 @@ def report(protocol_names: Sequence[str] | None = None, data: Path | None = None
     """Check everything, in the order of a run: machine, packages, modules, then each protocol (None = all shipped).
 
     No data are downloaded. Takes seconds for the imports, and for each protocol whose data are there the time
-    to read them and about `SECONDS` a release.
+    to read them and about `SECONDS` a release; where a step on a CPU would take longer, only if the protocol is named.
     """
     checks = [*machine(), *packages(), *modules()]
     usable = ok(checks)
@@ -58,7 +59,7 @@ def report(protocol_names: Sequence[str] | None = None, data: Path | None = None
         checks += libraries()
         usable = ok(checks)
     for name in protocols.shipped() if protocol_names is None else protocol_names:
-        checks += protocol(name, data, usable)
+        checks += protocol(name, data, usable, asked=protocol_names is not None)
     return checks
 
 
@@ -234,8 +235,11 @@ def _line(error: BaseException) -> str:
 # ----------------------------------------------------------------------------------------------------------- protocols
 
 
-def protocol(name: str, data: Path | None, usable: bool = True) -> Iterator[Check]:
-    """Definition, frozen releases, data and expected time of one protocol; the latter two if torch is `usable`."""
+def protocol(name: str, data: Path | None, usable: bool = True, asked: bool = True) -> Iterator[Check]:
+    """Definition, frozen releases, data and expected time of one protocol; the latter two if torch is `usable`.
+
+    asked: whether a user named it, and so waits for steps on large images on a CPU.
+    """
     try:
         found = protocols.load(name)
     except UserError as error:
@@ -261,6 +265,10 @@ def protocol(name: str, data: Path | None, usable: bool = True) -> Iterator[Chec
     text = f"data found: {images} training images by release, {len(task.items('test', 'query')[0])} queries against "
     text += f"{len(task.items('test', 'gallery')[0])}; fingerprint {task.fingerprint[:12]} ({frozen})"
     yield Check(found.id, "ok", text)
+    if not asked and task.device == "cpu" and _pixels(task) > SMALL:
+        remedy = f"compatbench doctor --protocol {found.id} times it, in minutes"
+        yield Check(found.id, "ok", "large images and no GPU: training time not measured", remedy)
+        return
     try:
         yield Check(found.id, "ok", _expected_time(task))
     except Exception as error:  # a network that does not fit the images raises anything
@@ -281,6 +289,11 @@ def _frozen(found: Protocol) -> Iterator[Check]:
         good += not problem
     if good:
         yield Check(found.id, "ok", f"{good} of {len(found.frozen)} frozen old releases as in the protocol")
+
+
+def _pixels(task: Task) -> int:
+    image = next(iter(task.item_loader("test", "query"))).x["image"]  # (B, C, H, W)
+    return image[0, 0].numel()
 
 
 def _expected_time(task: Task) -> str:
@@ -324,8 +337,7 @@ def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float,
     loader: Any = task.train_loader(t, method.view, node.spec["seed"])
     steps, whole = len(loader), loader.batch_size
     if task.device == "cpu":
-        image = next(iter(task.item_loader("test", "query"))).x["image"]
-        loader.batch_size = min(whole, max(2, PIXELS // image[0, 0].numel()))
+        loader.batch_size = min(whole, max(2, PIXELS // _pixels(task)))
     share = loader.batch_size / whole
     recipe = method.recipe(task.protocol.releases[t].recipe)
     marks: list[float] = []  # start, then the end of each step

@@ -52,7 +52,7 @@ def audit_arguments(parser: ArgumentParser) -> None:
         "--search", metavar="NAME=VALUE", help="its search setting, as nprobe=16 (default: as it is set)"
     )
     parser.add_argument("--query-labels", help=".npy, .safetensors with 'labels', or the name of a column")
-    parser.add_argument("--gallery-labels")
+    parser.add_argument("--gallery-labels", help="the same of the stored gallery")
     parser.add_argument("--slice", nargs="+", help="columns of the query files (default: all with 2 to 50 values)")
     parser.add_argument(
         "--accept", type=float, default=0.9, help="frozen threshold: share of old best matches that pass"
@@ -110,8 +110,8 @@ def _side_arguments(parser: ArgumentParser) -> None:
         default="query",
         help="query: new to old; gallery: stored vectors to new",
     )
-    parser.add_argument("--similarity", choices=["cosine", "l2"], default="cosine")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--similarity", choices=["cosine", "l2"], default="cosine", help="what the search ranks by")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
 
 
 def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:

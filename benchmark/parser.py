@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -9,16 +10,49 @@ from jsonargparse import ArgumentParser
 from benchmark import __version__, doors
 
 
+class Help(argparse.HelpFormatter):
+    """Defaults where there are any that a person would want to know, and no Python types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, False, [], argparse.SUPPRESS) or "(default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown})".strip().replace("%", "%%")
+
+
+def work_options(sub: ArgumentParser, seeds: bool = True) -> None:
+    """What every command has that computes on a protocol."""
+    if seeds:
+        sub.add_argument(
+            "--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all' (default: its first)"
+        )
+    sub.add_argument("--data", type=Path, help="folder with the data")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go (default: runs)")
+    sub.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
+    sub.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+
+
+def change_options(sub: ArgumentParser) -> None:
+    """What departs from a method's own settings, or from the protocol."""
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter of the method")
+    sub.add_argument(
+        "--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol: off-protocol"
+    )
+
+
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="compatbench",
         description="The benchmark of compatible representation learning: upgrade an embedding model, keep the gallery.",
         version=__version__,
+        formatter_class=Help,
     )
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
     def command(name: str, summary: str, example: str) -> ArgumentParser:
-        sub = ArgumentParser(description=f"{summary} Example: {example}")
+        sub = ArgumentParser(description=f"{summary} Example: {example}", formatter_class=Help)
         commands.add_subcommand(name, sub, help=summary)
         return sub
 
@@ -29,26 +63,16 @@ def make_parser() -> ArgumentParser:
     )
     run.add_argument("protocol", help="leaderboard name, its folder, or a YAML file")
     run.add_argument("--method", nargs="+", required=True, help="names, 'all', or package.module.Class of your own")
-    run.add_argument(
-        "--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all' (default: its first)"
-    )
-    run.add_argument("--data", type=Path, help="folder with the data")
-    run.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go (default: runs)")
+    work_options(run)
+    change_options(run)
     run.add_argument(
         "--mode",
         choices=["chain", "pairwise"],
         default="chain",
         help="old = own release before, or the independent one",
     )
-    run.add_argument("--split", choices=["test", "validation"], default="test")
+    run.add_argument("--split", choices=["test", "validation"], default="test", help="whose queries and gallery")
     run.add_argument("--tuned", action="store_true", help="at the settings that `tune` chose on the protocol")
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter of the method")
-    run.add_argument(
-        "--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol: off-protocol"
-    )
-    run.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    run.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     run.add_argument(
         "--wandb", choices=["online", "offline", "disabled"], help="default: online with a key, else offline"
     )
@@ -62,14 +86,8 @@ def make_parser() -> ArgumentParser:
     )
     backfill.add_argument("protocol", nargs="?", help="leaderboard name, its folder, or a YAML file")
     backfill.add_argument("--method", nargs="+", default=[], help="names of methods")
-    backfill.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
-    backfill.add_argument("--data", type=Path, help="folder with the data")
-    backfill.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go")
-    backfill.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
-    backfill.add_argument("--override", action="append", default=[], metavar="PATH=VALUE", help="change the protocol")
-    backfill.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    backfill.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    backfill.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    work_options(backfill)
+    change_options(backfill)
     backfill.add_argument("--publish", action="store_true", help="also write the records into the leaderboard")
     backfill.add_argument("--plan", type=Path, help="a YAML file: forecast of one backfill in hours; needs no data")
     backfill.add_argument("--png", type=Path, help="the chart (default: backfill.png beside the records)")
@@ -80,12 +98,7 @@ def make_parser() -> ArgumentParser:
         "compatbench pairs cifar100-lite@1 --data DIR",
     )
     pairs.add_argument("protocol", help="leaderboard name")
-    pairs.add_argument("--seed", nargs="+", default=["first"], help="seeds of the protocol, or 'all'")
-    pairs.add_argument("--data", type=Path, help="folder with the data")
-    pairs.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
-    pairs.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    pairs.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    pairs.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    work_options(pairs)
     pairs.add_argument("--publish", action="store_true", help="also write the record into the leaderboard")
 
     tune = command(
@@ -95,11 +108,7 @@ def make_parser() -> ArgumentParser:
     )
     tune.add_argument("protocol", help="leaderboard name")
     tune.add_argument("--method", nargs="+", required=True, help="names of methods")
-    tune.add_argument("--data", type=Path, help="folder with the data")
-    tune.add_argument("--runs", type=Path, default=Path("runs"), help="where cached work goes (default: runs)")
-    tune.add_argument("--jobs", type=int, default=1, help="nodes computed side by side")
-    tune.add_argument("--threads", type=int, help="CPU threads per job (default: cores / jobs)")
-    tune.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    work_options(tune, seeds=False)
 
     listing = command("list", "Names of methods, tasks and leaderboards.", "compatbench list methods --verbose")
     listing.add_argument("what", nargs="?", choices=["methods", "tasks", "leaderboards", "all"], default="all")
@@ -128,11 +137,11 @@ def make_parser() -> ArgumentParser:
         "--queries", type=Path, required=True, help="(N, D); a safetensors file may hold labels and ids too"
     )
     evaluate.add_argument("--gallery", type=Path, help="(M, D); without it every query searches all others")
-    evaluate.add_argument("--query-labels", type=Path)
-    evaluate.add_argument("--gallery-labels", type=Path)
+    evaluate.add_argument("--query-labels", type=Path, help="(N,) integers, .npy")
+    evaluate.add_argument("--gallery-labels", type=Path, help="(M,) integers, .npy")
     evaluate.add_argument("--query-ids", type=Path, help="with gallery ids: an item never retrieves itself")
-    evaluate.add_argument("--gallery-ids", type=Path)
-    evaluate.add_argument("--similarity", choices=["cosine", "l2"], default="cosine")
+    evaluate.add_argument("--gallery-ids", type=Path, help="(M,) integers, .npy")
+    evaluate.add_argument("--similarity", choices=["cosine", "l2"], default="cosine", help="what ranks")
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
 
     doors.adapt_arguments(
@@ -153,5 +162,5 @@ def make_parser() -> ArgumentParser:
     )
 
     demo = command("demo", "Four methods on the bundled digits, in a minute.", "compatbench demo")
-    demo.add_argument("--runs", type=Path, default=Path("runs"))
+    demo.add_argument("--runs", type=Path, default=Path("runs"), help="where results and cached work go")
     return parser

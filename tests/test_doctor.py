@@ -102,6 +102,13 @@ def test_large_batches_are_timed_in_part_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     assert share == 8 / 32 and steps == task.protocol.releases[1].recipe.epochs * (task.train_size(1) // 32)
 
 
+def test_large_images_are_timed_on_a_cpu_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SMALL", 0)
+    monkeypatch.setattr(doctor, "_expected_time", lambda task: "timed")
+    assert "not measured" in list(doctor.protocol("digits@1", None, asked=False))[-1].text
+    assert list(doctor.protocol("digits@1", None))[-1].text == "timed"
+
+
 def test_missing_data_are_a_warning_with_the_way_out(tmp_path: Path) -> None:
     checks = list(doctor.protocol("cifar100-lite@1", tmp_path))
     problem = only(checks, "warning")
