@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from benchmark import curves, training
 from benchmark.embeddings import Link, Stored
 from benchmark.errors import UserError
+from benchmark.mixtures import rank_mixtures
 from benchmark.outputs import values
 from benchmark.plan import Node, Plan
 from benchmark.protocol import derive_seed
 from benchmark.results import method_info, protocol_info, suite_info
-from benchmark.retrieval import Ranking, rank_mixtures
+from benchmark.retrieval import Ranking
 from benchmark.store import Store
 from benchmark.task import Task
 
@@ -86,19 +87,21 @@ def compute(node: Node, task: Task, store: Store, report: training.Report) -> No
     labels = task.items(split, "query")[1]
     masks = task.strata(labels)
     made = orders(links, views, galleries, task.items(split, "gallery")[1], start, task.protocol.similarity, node.spec)
+    turns = [_turns(order, shares) for permutations in made.values() for order in permutations]
+    ranked = iter(rank_mixtures(layers, start, torch.stack(turns), len(shares)))
     found = []
-    for done, (name, permutations) in enumerate(made.items()):
-        table: dict[str, dict[str, list]] = {metric: {stratum: [] for stratum in masks} for metric in METRICS}
-        flips = []
-        for permutation in permutations:
-            rankings = rank_mixtures(layers, _states(permutation, start, shares, len(stored)))
-            for metric in METRICS:
-                for stratum, mask in masks.items():
-                    table[metric][stratum].append([r.metrics(select=mask)[metric] for r in rankings])
-            flips.append([_negative(was_right, r) for r in rankings])
-        arrays = {m: {s: np.array(v) for s, v in strata.items()} for m, strata in table.items()}
-        found.append(curves.summarise(name, task.protocol.primary_metric, arrays, np.array(flips), ends))
-        report(done + 1, len(made))
+    for name, permutations in made.items():
+        rankings = [next(ranked) for _ in permutations]  # by draw, by share
+        table = {
+            metric: {
+                stratum: np.array([[r.metrics(select=mask)[metric] for r in draw] for draw in rankings])
+                for stratum, mask in masks.items()
+            }
+            for metric in METRICS
+        }
+        flips = np.array([[_negative(was_right, r) for r in draw] for draw in rankings])
+        found.append(curves.summarise(name, task.protocol.primary_metric, table, flips, ends))
+        report(len(found), len(made))
     encoders = {
         int(name.split("/")[1]) for k in stored for name in node.inputs[f"cell/{k}"].inputs if name.startswith("query/")
     }
@@ -158,12 +161,12 @@ def record(plan: Plan, task: Task, store: Store, overrides: Sequence[str] = ()) 
     )
 
 
-def _states(permutation: Tensor, start: Tensor, shares: np.ndarray, new: int) -> Tensor:
-    """(P, N) which layer each item is in at each share; `new` is that of re-embedded items."""
+def _turns(permutation: Tensor, shares: np.ndarray) -> Tensor:
+    """(N,) number of the first share at which each item has been re-embedded."""
     place = torch.empty_like(permutation)
-    place[permutation] = torch.arange(len(permutation))  # item -> its turn
+    place[permutation] = torch.arange(len(permutation))  # item -> how many come before it
     done = torch.tensor([int(np.floor(share * len(place) + 1e-9)) for share in shares])
-    return torch.where(place < done[:, None], new, start)
+    return torch.searchsorted(done, place, right=True)
 
 
 def _start(count: int, releases: int, seed: int) -> Tensor:

@@ -11,7 +11,6 @@ itself through the last bit of another product: (positives + negatives) >= posit
 Counts add up over the parts of a gallery: `rank_sharded` serves galleries beyond one memory or one machine.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,7 +218,7 @@ class Cell:
         square = gallery.square().sum(1, keepdim=True)
         return block.queries, origin, torch.cat([2 * gallery, -square, torch.full_like(square, -1)], 1)  # (m, D + 2)
 
-    def _score(self, rows: Tensor, out: Tensor) -> None:
+    def score(self, rows: Tensor, out: Tensor) -> None:
         """Scores of the queries `rows` (B,) against the whole gallery, block after block, into out (B, Ng)."""
         column = 0
         with _true_fp32():
@@ -258,69 +256,22 @@ class Cell:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for rows in order.split(size):
                 scores = buffer[: len(rows)]
-                self._score(rows, scores[:, : self.ng])
+                self.score(rows, scores[:, : self.ng])
                 results += pool.map(work, rows.split(few), scores.split(few))
         return results
 
     def _candidates(self, rows: Tensor, scores: Tensor) -> Tensor:
         """Columns (B, P) of the positives of the queries `rows`; hides in their scores what is no candidate."""
+        scores[:, self.ng :] = -torch.inf
+        scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
+        return self.columns(rows).to(self.device)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """(B, P) columns of the positives of the queries `rows`, filled up with Ng."""
         reach = torch.arange(max(1, int(self.positives[rows].max())))
         columns = self.by_label[(self.start[rows, None] + reach).clamp_(max=len(self.by_label) - 1)]
         columns[reach >= self.positives[rows, None]] = self.ng
-        scores[:, self.ng :] = -torch.inf
-        scores.scatter_(1, self.own[rows, None].to(self.device), -torch.inf)
-        return columns.to(self.device)
-
-
-def rank_mixtures(layers: Sequence[Cell], states: Tensor) -> list[Ranking]:
-    """Rank one gallery at several stages of its re-embedding, from one product per layer instead of one per stage.
-
-    layers: for each state that an item can be in (old, re-embedded, ...) a `Cell` of one block with all items in order, by
-    the vectors of that state and the query vectors that serve them; labels and ids are the same in all.
-    states: (S, Ng) integers, the layer that each item is in at each stage.
-
-    Raises ValueError if the layers are not of the same queries and items, or a state names no layer.
-    """
-    first = layers[0]
-    if any((x.nq, x.ng, x.similarity) != (first.nq, first.ng, first.similarity) or len(x.blocks) > 1 for x in layers):
-        raise ValueError("layers must hold the same queries and items, in one block each, under one similarity")
-    if states.shape[1:] != (first.ng,) or states.min() < 0 or states.max() >= len(layers):
-        raise ValueError(f"states must be (stages, {first.ng}) numbers of the {len(layers)} layers")
-    width = 16 * (first.ng // 16 + 1)
-    size = max(16, first.buffer_mb * 2**20 // (4 * width))
-    order = first.positives.argsort(stable=True)
-    shape = min(size, first.nq), width
-    buffers = [torch.empty(shape, device=first.device) for _ in layers]
-    mixed, states = torch.empty(shape, device=first.device), states.to(first.device)
-    few = max(1, 2**15 // max(1, int(first.positives.max()))) if first.device.type == "cpu" else size
-    found: list[list[tuple[Tensor, ...]]] = [[] for _ in states]
-
-    def work(rows: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
-        columns = first._candidates(rows, scores)
-        top = _take(scores, columns)
-        return rows, *_finish(top, _count(scores, top, first.backend))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for rows in order.split(size):
-            for layer, buffer in zip(layers, buffers):
-                layer._score(rows, buffer[: len(rows), : first.ng])
-            for stage, state in enumerate(states):
-                scores = mixed[: len(rows)]
-                scores[:, : first.ng] = buffers[0][: len(rows), : first.ng]
-                for i, buffer in enumerate(buffers[1:], 1):
-                    torch.where(
-                        state == i,
-                        buffer[: len(rows), : first.ng],
-                        scores[:, : first.ng],
-                        out=scores[:, : first.ng],
-                    )
-                found[stage] += pool.map(work, rows.split(few), scores.split(few))
-    rankings = []
-    for parts in found:
-        rows, *values = (torch.cat(x) for x in zip(*parts))
-        back = rows.argsort()
-        rankings.append(Ranking(*(x[back] for x in values)))
-    return rankings
+        return columns
 
 
 def _take(scores: Tensor, columns: Tensor) -> Tensor:
@@ -338,64 +289,11 @@ def _count(scores: Tensor, top: Tensor, backend: Backend | None) -> Tensor:
         return torch.stack([(scores >= threshold[:, None]).sum(1) for threshold in top.T], 1)
     if backend == "sort":
         return scores.shape[1] - torch.searchsorted(scores.sort(1).values, top)
+    from benchmark import kernels
+
     above = torch.zeros(top.shape, dtype=torch.int64)
-    _look_up_compiled()(scores.cpu().numpy(), top.cpu().numpy(), above.numpy())
+    kernels.count(scores.cpu().numpy(), top.cpu().numpy(), above.numpy())
     return above.to(scores.device)
-
-
-def _look_up(scores, top, above):
-    """Each score finds its place among its row's few thresholds and is tallied there: O(scores), whatever their number.
-
-    A table cuts the thresholds' range into bins, 32 a threshold, and says how many thresholds lie below each bin; most
-    bins hold none, which ends the search. `(x - low) * scale` never falls where x rises, so the bins are exact.
-    """
-    n, tile, one = scores.shape[1], 256, np.uint32(1)
-    below = np.empty(min(32 * top.shape[1], n) + 3, np.uint32)
-    tally = np.empty(top.shape[1] + 1, np.int64)  # tally[i]: scores with i thresholds at or under them
-    bins = np.empty(tile, np.uint32)
-    for row in range(len(top)):
-        p = 0
-        while p < top.shape[1] and top[row, p] > -np.inf:
-            p += 1
-        if p == 0:
-            continue
-        rising = top[row, :p][::-1].copy()
-        low, span = rising[0], rising[p - 1] - rising[0]
-        last = np.float32(min(32 * p, n))
-        scale = last / span if span > np.float32(1e-30) else np.float32(1e30)
-        below[:] = 0
-        for t in rising:  # bins of thresholds: 1 to last + 1; bin 0 is for scores far under them
-            below[np.int32(min((t - low) * scale, last)) + 2] += one
-        for i in range(1, len(below)):
-            below[i] += below[i - 1]
-        tally[:] = 0
-        for at in range(0, n, tile):
-            part = scores[row, at : at + tile]
-            for i in range(len(part)):  # apart from the search, so that this loop runs in vectors
-                bins[i] = np.int32(max(min((part[i] - low) * scale, last), np.float32(-1))) + 1
-            for i in range(len(part)):
-                left, right = below[bins[i]], below[bins[i] + one]
-                while left < right:
-                    middle = (left + right) >> one
-                    if rising[middle] <= part[i]:
-                        left = middle + one
-                    else:
-                        right = middle
-                tally[left] += 1
-        total = 0
-        for j in range(p):
-            total += tally[p - j]
-            above[row, j] = total
-
-
-@functools.cache
-def _look_up_compiled():
-    import numba
-
-    try:
-        return numba.njit(nogil=True, cache=True)(_look_up)
-    except RuntimeError:  # no folder for the cache can be written
-        return numba.njit(nogil=True)(_look_up)
 
 
 def _finish(top: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmark import __main__ as cli
 from benchmark import backfilling, curves, plan, plots, protocol, runner, simulator
 from benchmark.errors import UserError
-from benchmark.retrieval import Block, Cell, rank_mixtures
+from benchmark.mixtures import rank_mixtures
+from benchmark.retrieval import Block, Cell, rank
 from benchmark.store import Store
 
 QUICK = [f"releases.{t}.recipe.epochs=1" for t in range(3)]
@@ -58,21 +59,53 @@ def naive(
 @pytest.mark.parametrize("similarity", ["cosine", "l2"])
 def test_every_point_equals_a_naive_recomputation(similarity: str, ids: bool) -> None:
     cells, parts, wanted, labels = layers(similarity, ids=ids)
-    states = torch.stack(
-        [torch.zeros(60).long(), torch.randint(0, 3, (60,)), torch.arange(60) % 2, torch.full((60,), 2)]
-    )
-    for state, ranking in zip(states, rank_mixtures(cells, states)):
-        first, aps = naive(parts, wanted, labels, state, similarity, ids)
-        assert ranking.first.tolist() == first
-        np.testing.assert_allclose(ranking.ap.numpy(), aps, rtol=1e-6)
+    start = torch.randint(0, 2, (60,), generator=torch.Generator().manual_seed(3))
+    turns = torch.stack([torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(k)) for k in (4, 5)])
+    for order, rankings in zip(turns, rank_mixtures(cells, start, turns, 4)):
+        for stage, ranking in enumerate(rankings):
+            first, aps = naive(parts, wanted, labels, torch.where(order <= stage, 2, start), similarity, ids)
+            assert ranking.first.tolist() == first
+            np.testing.assert_allclose(ranking.ap.numpy(), aps, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_stages_at_once_have_the_bits_of_each_by_itself(tied: bool) -> None:
+    """Ties within a layer and across layers, a class without items, queries that are items, chunks and slices."""
+    generator = torch.Generator().manual_seed(7)
+    new, old, q_new, q_old = torch.randn(4, 300, 6, generator=generator)
+    if tied:  # dyadic numbers: every product is exact, and many are equal
+        new, old, q_new, q_old = ((x * 2).round() / 2 for x in (new, old, q_new, q_old))
+    labels, wanted = torch.randint(0, 5, (300,), generator=generator), torch.randint(0, 6, (300,), generator=generator)
+    ids = torch.randperm(300, generator=generator)
+    turns = torch.randint(0, 8, (3, 300), generator=generator)
+    items = torch.arange(300)
+    cells = [
+        Cell([Block(items, q, g)], wanted, labels, ids, items, "l2", buffer_mb=0)
+        for q, g in ((q_old, old), (q_new, new))
+    ]
+    found = rank_mixtures(cells, torch.zeros(300).long(), turns, 7)
+    for order, rankings in zip(turns, found):
+        for stage, ranking in enumerate(rankings):
+            moved = order <= stage
+            blocks = [Block(items[m], q, g[m]) for m, q, g in ((~moved, q_old, old), (moved, q_new, new))]
+            alone = Cell(blocks, wanted, labels, ids, items, "l2").rank()
+            assert torch.equal(ranking.first, alone.first) and torch.equal(ranking.positives, alone.positives)
+            assert torch.equal(ranking.ap.nan_to_num(-1), alone.ap.nan_to_num(-1))
+    assert (found[0][0].positives == 0).any()
+    whole = rank(q_new, new, wanted, labels, query_ids=ids, gallery_ids=items, similarity="l2")
+    ended = rank_mixtures(cells, torch.zeros(300).long(), torch.zeros(1, 300).long(), 1)[0][0]
+    assert torch.equal(ended.first, whole.first)
 
 
 def test_layers_that_do_not_fit_together_are_refused() -> None:
     cells, *_ = layers("cosine")
-    with pytest.raises(ValueError, match="layers"):
-        rank_mixtures(cells, torch.full((1, 60), 3))
+    none, never = torch.zeros(60).long(), torch.ones(1, 60).long()
+    with pytest.raises(ValueError, match="of the first 2 layers"):
+        rank_mixtures(cells, none + 2, never, 1)
+    with pytest.raises(ValueError, match="stages from 0 to 1"):
+        rank_mixtures(cells, none, never + 1, 1)
     with pytest.raises(ValueError, match="same queries"):
-        rank_mixtures([cells[0], layers("l2")[0][0]], torch.zeros(1, 60).long())
+        rank_mixtures([cells[0], layers("l2")[0][0]], none, never, 1)
 
 
 def test_the_grid_holds_both_definitions_of_the_area() -> None:
@@ -90,10 +123,9 @@ def test_the_grid_holds_both_definitions_of_the_area() -> None:
     assert found.monotone
 
 
-def test_states_follow_the_order_and_the_cutoffs() -> None:
-    permutation, start = torch.tensor([3, 1, 0, 2]), torch.tensor([0, 1, 0, 1])
-    states = backfilling._states(permutation, start, np.array([0, 0.25, 0.6, 1]), 2)
-    assert states.tolist() == [[0, 1, 0, 1], [0, 1, 0, 2], [0, 2, 0, 2], [2, 2, 2, 2]]
+def test_turns_follow_the_order_and_the_cutoffs() -> None:
+    turns = backfilling._turns(torch.tensor([3, 1, 0, 2]), np.array([0, 0.25, 0.6, 1]))  # 0, 1, 2, 4 items done
+    assert turns.tolist() == [3, 2, 3, 1]
 
 
 def test_class_mean_order_against_a_loop() -> None:
