@@ -292,27 +292,32 @@ def backfill_areas(records: Sequence[BackfillRecord], metric: str) -> dict[tuple
 
 
 def backfill_figure(records: Sequence[BackfillRecord], metric: str) -> Figure:
-    """One panel a gallery: each method's curve by its best usable order (its own if it has one, else random), mean over seeds."""
+    """A column for each gallery, a row for `metric` and one for mAP; each method by its own order if it has one, else random.
+
+    Mean over seeds.
+    """
     from matplotlib.figure import Figure
 
-    galleries = [(b.release, tuple(b.stored)) for b in records[0].backfills]
-    names = list(dict.fromkeys(r.method.name for r in records))
-    figure = Figure(figsize=(4.2 * len(galleries), 4.0 + 0.16 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(galleries), sharey=True, squeeze=False)[0]
+    galleries = [(b.release, b.stored) for b in records[0].backfills]
+    names, metrics = list(dict.fromkeys(r.method.name for r in records)), list(dict.fromkeys([metric, "map"]))
+    height = 3.2 * len(metrics) + 0.8 + 0.05 * len(names)
+    figure = Figure(figsize=(4.2 * len(galleries), height), layout="constrained")
+    axes = figure.subplots(len(metrics), len(galleries), sharex=True, sharey="row", squeeze=False)
     lines = {}
-    for axis, (t, stored) in zip(axes, galleries):
+    for column, (t, stored) in zip(axes.T, galleries):
         for i, name in enumerate(names):
-            found = [r.find(t, list(stored)) for r in records if r.method.name == name]
-            orders = [c.order for c in found[0].curves]
-            order = "own" if "own" in orders else "random"
-            y = 100 * np.mean([next(c for c in b.curves if c.order == order).metrics[metric] for b in found], axis=0)
-            x = 100 * np.array(found[0].shares)
-            (lines[f"{name} ({order})"],) = axis.plot(
-                x, y, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4], lw=1.6
-            )
-        axis.set_title(f"gallery of {' and '.join(str(k + 1) for k in stored)}, queries of {t + 1}", fontsize=10)
-        axis.set_xlabel("re-embedded items, %")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{metric}, %")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+            found = [r.find(t, stored) for r in records if r.method.name == name]
+            order = "own" if any(c.order == "own" for c in found[0].curves) else "random"
+            picked = [next(c for c in one.curves if c.order == order) for one in found]
+            style = {"color": f"C{i % 10}", "ls": ("-", "--", ":", "-.")[i // 10 % 4], "lw": 1.6}
+            for axis, shown in zip(column, metrics):
+                y = 100 * np.mean([curve.metrics[shown] for curve in picked], axis=0)
+                (lines[f"{name} ({order})"],) = axis.plot(100 * np.array(found[0].shares), y, **style)
+        column[0].set_title(f"gallery of {' and '.join(str(k + 1) for k in stored)}, queries of {t + 1}", fontsize=10)
+        column[-1].set_xlabel("re-embedded items, %")
+        for axis in column:
+            axis.grid(alpha=0.3)
+    for axis, shown in zip(axes[:, 0], metrics):
+        axis.set_ylabel(f"{shown}, %")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
