@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -117,8 +118,17 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(protocol: Protocol, data: Path | None, device: str, root: Path, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(task=open_task(protocol, data, device), store=Store(root))
+
+
+def _end_with_parent() -> None:
+    """A run that is killed, by a scheduler say, leaves no workers behind; what they were writing is whole or is not there."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(node: Node) -> None:

@@ -162,6 +162,31 @@ def test_killed_and_started_again_it_ends_with_the_same_record(finished: Path, t
     assert the_record(tmp_path).reproducible() == the_record(finished).reproducible()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the children of a process as Linux shows them")
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmark", *arguments(tmp_path), "--jobs", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and progress_marks(tmp_path) < 2:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(children) >= 2, "there were no workers: the test proves nothing"
+    deadline = time.monotonic() + 30
+    while (alive := [pid for pid in children if runs_still(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+
+
+def runs_still(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def progress_marks(runs: Path) -> int:
     """How far a run is: finished nodes, and checkpoints of the one at work."""
     return len(list(runs.glob("nodes/*/done"))) + len(list(runs.glob("nodes/*/.last.ckpt")))
