@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from benchmark.adapt import Map, unit
 from benchmark.audit.acceptance import Labels
+from benchmark.audit.slicing import slices_of
 from benchmark.errors import UserError, unknown
 from benchmark.vectors import Array, Vectors, align, open_vectors
 
-SLICES_MOST = 50  # values of a column that slices the queries without being asked for
+SAME = 1e-3  # apart, as a share of their length, two vectors are still the same one: what float16 rounds
 
 
 @dataclass
@@ -26,11 +27,13 @@ class Data:
     new_queries: Array  # (Nq, d_n)
     gallery: Array  # (N, d_o) all that is stored
     gallery_file: Vectors
-    query_ids: NDArray | None
+    query_file: Vectors  # by the old model
+    query_rows: NDArray[np.int64] | None  # (Nq,) its rows that are judged; None = all, in order
     sample: NDArray[np.int64] | None  # (n,) rows of the gallery that both models embedded; None = all
     new: Array | None  # (n, d_n) those rows by the new model; None = not given
     own: NDArray[np.int64]  # (Nq,) row of the gallery that is the query itself; -1 = none
     slices: dict[str, NDArray]  # column -> (Nq,)
+    asked: bool  # whether the operator named these columns
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None  # (Nq,), (N,)
 
     @property
@@ -52,6 +55,10 @@ class Data:
         return place[self.own]
 
     @property
+    def all_labels(self) -> Labels | None:
+        return self.labels and Labels(*self.labels, self.own)
+
+    @property
     def judged_labels(self) -> Labels | None:
         return self.labels and Labels(self.labels[0], self.judged(self.labels[1]), self.own_judged)
 
@@ -67,6 +74,9 @@ def read(
     slices: Sequence[str] | None = None,
 ) -> Data:
     """Arguments as for `audit.audit`; everything is held in memory, 4 bytes a number.
+
+    Labels in a file of their own belong to the rows of the old queries and of the old gallery, columns to the file that
+    holds them.
 
     Raises UserError: one line that names the file.
     """
@@ -96,29 +106,48 @@ def read(
         gallery = taken(again, rows)
         if sample is not None and len(sample) == len(stored):
             sample = None  # all, in the order of the old file
-    query_ids = old.ids if old.ids is None or old_rows is None else old.ids[old_rows]
-    own = _own(query_ids, stored.ids, len(old) if old_rows is None else len(old_rows))
-    if (own >= 0).any():
-        notes.append(f"{int((own >= 0).sum())} queries are gallery items themselves (same id); none finds itself")
+    old_queries, whole = taken(old, old_rows), taken(stored, None)
+    own, said = _own(old.ids if old.ids is None or old_rows is None else old.ids[old_rows], stored.ids, old_queries, whole)
     if (query_labels is None) != (gallery_labels is None):
         raise UserError("give both --query-labels and --gallery-labels, or neither")
     labels = None
     if query_labels is not None and gallery_labels is not None:
-        queries = _labels(query_labels, old if query_labels in old.columns else new)
-        rows = old_rows if query_labels in old.columns or query_labels not in new.columns else new_rows
+        of_new = query_labels not in old.columns and (query_labels in new.columns or Path(query_labels) == new.path)
+        queries, rows = _labels(query_labels, new if of_new else old), new_rows if of_new else old_rows
         labels = _codes(queries if rows is None else queries[rows], _labels(gallery_labels, stored))
+    sliced = slices_of(((old, old_rows), (new, new_rows)), slices, query_labels)
     return Data(
-        notes, taken(old, old_rows), taken(new, new_rows), taken(stored, None), stored, query_ids, sample, gallery, own,
-        _slices(((old, old_rows), (new, new_rows)), slices, query_labels), labels,
+        notes + said, old_queries, taken(new, new_rows), whole, stored, old, old_rows, sample, gallery, own, sliced,
+        slices is not None, labels,
     )  # fmt: skip
 
 
-def _own(query_ids: NDArray | None, gallery_ids: NDArray | None, queries: int) -> NDArray[np.int64]:
+def _own(
+    query_ids: NDArray | None, gallery_ids: NDArray | None, queries: Array, gallery: Array
+) -> tuple[NDArray[np.int64], list[str]]:
+    """The row of the gallery that is the query itself, and what is to be said of it.
+
+    Queries and gallery may be numbered each by itself, so that an id in common says nothing: the vectors must be equal too.
+    """
+    own = np.full(len(queries), -1)
     if query_ids is None or gallery_ids is None or query_ids.dtype.kind != gallery_ids.dtype.kind:
-        return np.full(queries, -1)
+        return own, []
     order = np.argsort(gallery_ids)
-    at = np.searchsorted(gallery_ids[order], query_ids).clip(max=len(order) - 1)
-    return np.where(gallery_ids[order][at] == query_ids, order[at], -1)
+    at = order[np.searchsorted(gallery_ids[order], query_ids).clip(max=len(order) - 1)]
+    shared = gallery_ids[at] == query_ids
+    apart = np.linalg.norm(queries - gallery[at], axis=1)
+    itself = shared & (apart <= SAME * np.linalg.norm(gallery[at], axis=1))
+    own[itself] = at[itself]
+    notes, chance = [], int((shared & ~itself).sum())
+    if itself.any():
+        notes.append(
+            f"{int(itself.sum())} queries are gallery items themselves (same id, same old vector); none finds itself"
+        )
+    if chance:
+        notes.append(
+            f"{chance} queries have the id of a gallery item with another old vector: taken for chance, nothing is left out"
+        )
+    return own, notes
 
 
 def _labels(source: str, vectors: Vectors) -> NDArray:
@@ -150,25 +179,3 @@ def _codes(queries: NDArray, gallery: NDArray) -> tuple[NDArray[np.int64], NDArr
     if not np.isin(codes[: len(queries)], codes[len(queries) :]).any():
         raise UserError("no query has a gallery item of its label: do both label lists use the same names or numbers?")
     return codes[: len(queries)], codes[len(queries) :]
-
-
-def _slices(
-    files: Sequence[tuple[Vectors, NDArray[np.int64] | None]], asked: Sequence[str] | None, labels: str | None
-) -> dict[str, NDArray]:
-    """Columns of the query files by name; of those not asked for, what has 2 to SLICES_MOST values and is no label."""
-    known = {name: (file, rows) for file, rows in reversed(files) for name in file.columns}
-    found = {}
-    for name in known if asked is None else asked:
-        if name not in known:
-            raise unknown("column of the query files", name, known or ["none: Parquet files hold columns"])
-        file, rows = known[name]
-        try:
-            values = file.column(name)
-        except UserError:
-            if asked is None:
-                continue
-            raise
-        values = values if rows is None else values[rows]
-        if asked is not None or (name != labels and 2 <= len(np.unique(values)) <= SLICES_MOST):
-            found[name] = values
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,11 @@ from benchmark.vectors import Array
 
 Read = Callable[[NDArray[np.int64]], Array]  # rows -> (n, D)
 KINDS = "Flat, IVF-Flat, IVF-PQ or HNSW"
+PLAIN = {
+    "Flat", "FlatIP", "FlatL2", "ScalarQuantizer", "PQ", "IVFFlat", "IVFPQ", "IVFScalarQuantizer", "HNSWFlat", "HNSWPQ",
+    "HNSWSQ", "NSGFlat",
+}  # fmt: skip
+AROUND = {"RefineFlat": "base_index", "Refine": "base_index", "PreTransform": "index"}  # around an index, at an attribute
 PROBES = 64  # vectors read back in the check
 AGAIN = 20_000  # vectors added again to time a rebuild
 
@@ -27,8 +32,18 @@ def _faiss() -> Any:
     return faiss
 
 
+def _kind(index: Any) -> str:
+    return type(index).__name__.removeprefix("Index")
+
+
+class Rebuild(NamedTuple):
+    seconds: float
+    extrapolated: bool  # from AGAIN vectors
+    superlinear: bool  # a graph: each vector costs more than the one before it, so that an extrapolation is too low
+
+
 class Index:
-    """Search in terms of the rows of `vectors`, whatever labels the index gives.
+    """Search in terms of the rows of `vectors`, whatever labels the index gives. The index and its files stay as they are.
 
     Args:
         path: what faiss.write_index wrote.
@@ -38,8 +53,8 @@ class Index:
         settings: search parameters as faiss names them, "nprobe=16" or "efSearch=64"; None = those in the file.
 
     Raises:
-        UserError: one line: no index, wrong dims or count, unknown labels, another metric, vectors that cannot be read back
-            or are not those of the gallery.
+        UserError: one line: no index, wrong dims or count, unknown labels, another metric, a kind whose vectors cannot be
+            read back, or vectors that are not those of the gallery.
     """
 
     def __init__(
@@ -49,10 +64,7 @@ class Index:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
-        try:
-            self.index = faiss.read_index(str(path))
-        except RuntimeError:
-            raise UserError(f"{path}: is no faiss index of float vectors; write one with faiss.write_index") from None
+        self.index = self._read()
         if self.index.d != vectors.shape[1]:
             raise UserError(
                 f"{path}: the index has {self.index.d} dims, the vectors to be searched have {vectors.shape[1]}; on the query side "
@@ -62,6 +74,8 @@ class Index:
             raise UserError(
                 f"{path}: the index holds {self.index.ntotal} vectors, the gallery {len(vectors)}; rebuild it"
             )
+        if self.index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+            raise UserError(f"{path}: the index searches neither by inner product nor by L2; rebuild it with one of these")
         if similarity == "l2" and self.index.metric_type != faiss.METRIC_L2:
             raise UserError(
                 f"{path}: the index searches by inner product, not by L2; rebuild it or take --similarity cosine"
@@ -70,23 +84,66 @@ class Index:
         wrapped = isinstance(outer, faiss.IndexIDMap)  # ids around an index that counts from 0
         self.id_map = faiss.vector_to_array(outer.id_map) if wrapped else None
         self.inner = faiss.downcast_index(outer.index) if wrapped else outer
-        self.kind = type(self.inner).__name__.removeprefix("Index")
+        self.layers = self._layers(self.inner)
+        self.kind = " around ".join(map(_kind, self.layers))
         self.rows = self._rows(ids)
         self._check(vectors, raw, similarity)
         if settings:
+            self._set(settings)
+
+    def _read(self, flags: int = 0) -> Any:
+        """For reading only: lists of vectors that lie on disk would else be written to by whatever changes the index."""
+        faiss = _faiss()
+        for where in (0, faiss.IO_FLAG_ONDISK_SAME_DIR):  # such lists are named as seen from where they were written
             try:
-                faiss.ParameterSpace().set_index_parameters(self.index, settings)
+                return faiss.read_index(str(self.path), faiss.IO_FLAG_READ_ONLY | flags | where)
+            except RuntimeError as error:
+                if "could not open" not in str(error):
+                    break
+        raise UserError(
+            f"{self.path}: is no faiss index of float vectors, or its lists on disk are gone; write one with faiss.write_index"
+        )
+
+    def _layers(self, index: Any) -> list[Any]:
+        """The index and those inside it; only kinds that are known to give their vectors back, for others may crash."""
+        faiss, layers = _faiss(), [index]
+        while (kind := _kind(layers[-1])) in AROUND:
+            layers.append(faiss.downcast_index(getattr(layers[-1], AROUND[kind])))
+        if kind not in PLAIN:
+            raise UserError(
+                f"{self.path}: {kind} cannot give back its vectors, so nobody can check that they are the gallery's; take {KINDS}"
+            )
+        return layers
+
+    def _set(self, settings: str) -> None:
+        faiss = _faiss()
+        for part in settings.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            try:
+                number = float(value)
+            except ValueError:
+                raise UserError(f"--search takes NAME=VALUE, as nprobe=16, not '{part}'") from None
+            if not 1 <= number < 2**31 or (not name.startswith("k_factor") and number != int(number)):
+                raise UserError(f"--search {name}={value}: must be a whole number of at least 1")
+            try:
+                faiss.ParameterSpace().set_index_parameter(self.index, name, number)
             except RuntimeError:
                 raise UserError(
-                    f"--search '{settings}' is no setting of {self.kind}; e.g. nprobe=16 or efSearch=64"
+                    f"--search '{part}' is no setting of {self.kind}; e.g. nprobe=16 or efSearch=64"
                 ) from None
 
     @property
     def settings(self) -> str:
-        """The search parameters in force."""
-        if hasattr(self.inner, "nprobe"):
-            return f"nprobe={self.inner.nprobe} of {self.inner.nlist}"
-        return f"efSearch={self.inner.hnsw.efSearch}" if hasattr(self.inner, "hnsw") else "exhaustive"
+        """The search parameters in force, of every layer."""
+        said = []
+        for layer in self.layers:
+            if hasattr(layer, "k_factor"):
+                said.append(f"k_factor={layer.k_factor:g}")
+            if hasattr(layer, "nprobe"):
+                said.append(f"nprobe={layer.nprobe} of {layer.nlist}")
+            if hasattr(layer, "hnsw"):
+                said.append(f"efSearch={layer.hnsw.efSearch}")
+        return ", ".join(said) or "exhaustive"
 
     def search(self, queries: Array, k: int, own: NDArray[np.int64] | None = None) -> Rows:
         """(Nq, k) rows of the gallery, best first; -1 where the index found fewer. `own` as for `neighbours.search`.
@@ -105,22 +162,35 @@ class Index:
         """A single query (1, D), as it is served."""
         self.index.search(query, 10)
 
-    def rebuild_seconds(self, vectors: Array) -> float:
-        """To add all vectors again, training of the coarse quantiser not counted; from AGAIN of them. Empties the index."""
-        self.inner.reset()
-        part = vectors[:AGAIN]
+    def rebuild(self, vectors: Array) -> Rebuild:
+        """Time to add all vectors to an empty index of this kind, training not counted; measured with AGAIN of them.
+
+        The empty index is read from the file anew, and lists that lie on disk are replaced before anything is emptied.
+        """
+        faiss = _faiss()
+        outer = faiss.downcast_index(self._read(faiss.IO_FLAG_MMAP))
+        empty = self._layers(faiss.downcast_index(outer.index) if self.id_map is not None else outer)
+        for layer in empty:
+            if hasattr(layer, "invlists"):
+                lists = faiss.ArrayInvertedLists(layer.nlist, layer.code_size)
+                layer.replace_invlists(lists, True)
+                lists.this.disown()
+        empty[0].reset()
+        part = np.ascontiguousarray(vectors[:AGAIN])
         start = time.perf_counter()
-        self.inner.add(np.ascontiguousarray(part))
-        return (time.perf_counter() - start) * len(vectors) / len(part)
+        empty[0].add(part)
+        seconds = (time.perf_counter() - start) * len(vectors) / len(part)
+        graph = any(hasattr(layer, "hnsw") or hasattr(layer, "nsg") for layer in empty)
+        return Rebuild(seconds, len(part) < len(vectors), graph)
 
     def _rows(self, ids: NDArray | None) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """(labels, ascending; their rows), or None where the label is the row."""
         faiss = _faiss()
         if self.id_map is not None:
             labels = self.id_map
-        elif hasattr(self.inner, "invlists"):
-            lists = self.inner.invlists
-            sizes = [lists.list_size(i) for i in range(self.inner.nlist)]
+        elif hasattr(self.layers[-1], "invlists"):
+            lists = self.layers[-1].invlists
+            sizes = [lists.list_size(i) for i in range(self.layers[-1].nlist)]
             labels = np.concatenate(
                 [faiss.rev_swig_ptr(lists.get_ids(i), size) for i, size in enumerate(sizes) if size]
             )
@@ -153,17 +223,20 @@ class Index:
         if self.id_map is not None:
             order = np.argsort(self.id_map)
             labels = order[np.searchsorted(self.id_map[order], labels)]
+        last = self.layers[-1]
+        lists = hasattr(last, "set_direct_map_type")
         try:
-            if isinstance(self.inner, faiss.IndexLSH):
-                raise RuntimeError("bits, from which faiss makes vectors up")
-            if hasattr(self.inner, "set_direct_map_type"):
-                self.inner.set_direct_map_type(faiss.DirectMap.Hashtable)
+            if lists:
+                last.set_direct_map_type(faiss.DirectMap.Hashtable)
             back = np.stack([self.inner.reconstruct(int(label)) for label in labels])
         except RuntimeError:
             raise UserError(
                 f"{self.path}: {self.kind} cannot give back its vectors, so nobody can check that they are the gallery's; "
                 f"take {KINDS}"
             ) from None
+        finally:
+            if lists:
+                last.set_direct_map_type(faiss.DirectMap.NoMap)
 
         def apart(a: Array) -> NDArray[np.float32]:
             return np.linalg.norm(back - a, axis=1)

@@ -1,0 +1,33 @@
+"""Was the adapter fitted to what it is judged on?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmark.audit.data import Data
+from benchmark.vectors import Array, Vectors, open_vectors
+
+
+def leaks(old_pairs: Path, queries: Vectors, gallery: Vectors, data: Data) -> list[str]:
+    """Warnings of queries and judged gallery items that are among the pairs: the same id, or the same old vector."""
+    pairs, notes = open_vectors(old_pairs), []
+    known = _prints(pairs.chunks())
+    for what, file, rows in (("queries", queries, data.query_rows), ("judged gallery items", gallery, data.sample)):
+        among = np.isin(_prints(file.chunks()), known)
+        if pairs.ids is not None and file.ids is not None and pairs.ids.dtype.kind == file.ids.dtype.kind:
+            among |= np.isin(file.ids, pairs.ids)
+        both = int((among if rows is None else among[rows]).sum())
+        if both:
+            notes.append(
+                f"{both} {what} are among the pairs that the adapter was fitted on (same id or same vector): that flatters it"
+            )
+    return notes
+
+
+def _prints(chunks: Iterable[Array]) -> NDArray[np.int64]:
+    """(N,) a number for each vector, equal for equal vectors."""
+    return np.array([hash(row.tobytes()) for chunk in chunks for row in chunk], np.int64)
