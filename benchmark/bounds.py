@@ -55,6 +55,11 @@ def estimates(
     return found
 
 
+def clipped(found: Estimate, least: float = 0, most: float = 1) -> Estimate:
+    """Value and bounds put into the range that the quantity has; estimates by differences and by lines may leave it."""
+    return found._replace(**{key: min(max(getattr(found, key), least), most) for key in ("value", "lower", "upper")})
+
+
 def share_of(hits: int, n: int, error: float = ERROR) -> Estimate:
     """Of `hits` in n independent queries, by the quantiles of the beta distribution."""
     from scipy.stats import beta

@@ -7,6 +7,9 @@ that were re-embedded) whose lists are merged by reciprocal rank fusion; the ful
 
 Queries are resampled for the bounds, the gallery is held fixed. All requirements must hold, each at 95 % confidence, so a
 wrong GO has a chance of about 5 % at most (an intersection-union test needs no correction for their number).
+
+What needs the new model's gallery is judged on the sample; acceptance, recall and flips on all of the stored gallery
+(`benchmark.audit.serving`).
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ from typing import Any
 import numpy as np
 
 from benchmark.adapt import Map, Side, fit
-from benchmark.audit.data import Data, read
+from benchmark.audit.data import read
 from benchmark.audit.judging import Judge, Requirements
-from benchmark.audit.ways import all_ways, latency, serve
+from benchmark.audit.leaks import leaks
+from benchmark.audit.serving import labelled, threshold
+from benchmark.audit.timing import latency, rewriting
+from benchmark.audit.ways import all_ways, dual_name, serve
 from benchmark.errors import UserError
 from benchmark.neighbours import Similarity
-from benchmark.vectors import open_vectors
 
 LEAST = 20  # gallery items in the judged sample
+ACCEPT, FAR = 0.9, 1e-3  # where the threshold is frozen, without labels and with them
 
 
 def audit(
@@ -36,16 +42,17 @@ def audit(
     *,
     adapter: Path | None = None,
     pairs: tuple[Path, Path] | None = None,
-    methods: Sequence[str] = ("Procrustes",),
-    side: Side = "query",
-    similarity: Similarity = "cosine",
+    methods: Sequence[str] | None = None,
+    side: Side | None = None,
+    similarity: Similarity | None = None,
     index: Path | None = None,
     settings: str | None = None,
     query_labels: str | None = None,
     gallery_labels: str | None = None,
     slices: Sequence[str] | None = None,
-    accept: float = 0.9,
-    far: float = 1e-3,
+    accept: float | None = None,
+    far: float | None = None,
+    score: float | None = None,
     gallery_size: int | None = None,
     encoder_rate: float | None = None,
     dual: Sequence[float] = (0.1, 0.5, 1.0),
@@ -59,13 +66,16 @@ def audit(
         gallery_old: what is stored.
         gallery_new: all of it, or a random sample by id, by the new model. None: nothing can be a go.
         adapter: a file of `compatbench adapt`, which says its side and similarity; or
-        pairs: (old, new) files to fit `methods` on; the best on held-out pairs is audited.
+        pairs: (old, new) files to fit `methods` on (None = Procrustes), for `side` (None = query) and `similarity` (None =
+            cosine); the best on held-out pairs is audited.
         index: faiss index of what is searched: the old gallery, or on the gallery side the adapted one; `settings` of its
             search as "nprobe=16", None = as it is set.
-        query_labels, gallery_labels: .npy, .safetensors with "labels", or the name of a column.
-        slices: columns of the query files; None = all with few values.
-        accept: without labels, the threshold is frozen where so many of the old system's best matches pass.
-        far: with labels, it is frozen at this false acceptance rate of the old system.
+        query_labels, gallery_labels: .npy or .safetensors with "labels", one for each row of `queries_old` and `gallery_old`;
+            or the name of a column, which belongs to the file that holds it.
+        slices: columns of the query files; None = all with few values. What was asked for must be judged for a GO.
+        accept: without labels, the threshold is frozen where this share of the old system's best matches pass; None = 0.9.
+        far: with labels, it is frozen at this false acceptance rate of the old system; None = 0.001.
+        score: or the threshold in use: a cosine, under "l2" a squared distance.
         gallery_size: of the gallery in service, if `gallery_old` is a random part of it.
         encoder_rate: items a second of the new encoder, for the time of a full re-embedding.
         dual: shares of the gallery that the second index holds.
@@ -73,16 +83,35 @@ def audit(
     Raises:
         UserError: one line that names the file or argument.
     """
-    if not all(0 < share <= 1 for share in (accept, *dual)) or not 0 < far < 1:
-        raise UserError("--accept, --far and --dual are shares between 0 and 1")
+    for name, share in (("accept", accept), ("far", far), *(("dual", share) for share in dual)):
+        if share is not None and not (0 < share < 1 or (share == 1 and name != "far")):
+            raise UserError(f"--{name} {share:g} is no share; give one between 0 and 1")
+    if len({dual_name(share) for share in dual}) < len(dual):
+        raise UserError(f"--dual {' '.join(f'{share:g}' for share in dual)}: two of these are the same share")
+    if encoder_rate is not None and not 0 < encoder_rate < float("inf"):
+        raise UserError(f"--encoder-rate {encoder_rate:g} must be above 0: items a second")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
+    given = {"accept": accept, "far": far, "threshold": score}
+    unused = "far" if query_labels is None else "accept"
+    if score is not None and accept is not far:
+        raise UserError(f"--{'accept' if far is None else 'far'} sets a threshold, and so does --threshold; give one of them")
+    if given[unused] is not None:
+        needs = "needs labels" if unused == "far" else "is for an audit without labels; with labels give --far"
+        raise UserError(f"--{unused} {needs}")
+    if settings and not index:
+        raise UserError("--search is a setting of the index; give --index too")
     mapping, fitted = _mapping(adapter, pairs, methods, side, similarity, seed)
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
-    data.notes += fitted + (_shared(pairs, data) if pairs else [])
-    size = gallery_size or len(data.gallery)
+    data.notes += fitted + (leaks(pairs[0], data) if pairs else [])
+    size = len(data.gallery) if gallery_size is None else gallery_size
     if size < len(data.gallery):
         raise UserError(f"--gallery-size {size} is less than the {len(data.gallery)} rows of {gallery_old}")
     if data.size < LEAST:
         raise UserError(f"{data.size} gallery items are too few to judge by; embed {LEAST} at least, better thousands")
+    for share in dual:
+        if share * data.size < 1:
+            raise UserError(f"--dual {share:g} is less than one of the {data.size} gallery items that are judged")
 
     served = serve(data, mapping, index, settings)
     ways = all_ways(data, served, dual, size, encoder_rate, seed)
@@ -90,8 +119,8 @@ def audit(
     report: dict[str, Any] = {
         "notes": data.notes,
         "sizes": {
-            "queries": len(served.queries), "gallery": len(served.gallery), "judged sample": data.size,
-            "gallery in service": size,
+            "queries": len(served.queries), "gallery": len(served.gallery), "gallery in service": size,
+            "judged sample": 0 if data.new is None else data.size,
         },
         "adapter": {
             "method": mapping.adapter.kind, "side": mapping.side, "similarity": mapping.similarity,
@@ -101,14 +130,12 @@ def audit(
         "index": judge.index(),
         "sample bias": judge.sample_bias(),
         "slices": judge.slices(),
-        "threshold": judge.threshold(accept, far),
-        "labelled": judge.labelled(),
+        "threshold": threshold(judge, accept or ACCEPT, far or FAR, score),
+        "labelled": labelled(judge),
         "latency": latency(data, served),
+        "writing again": rewriting(served, size),
         "costs": {name: way.cost for name, way in ways.items()},
     }  # fmt: skip
-    if served.index:
-        seconds = served.index.rebuild_seconds(served.gallery) * size / len(served.gallery)
-        report["index"]["seconds to add all vectors again"] = seconds
     report["checks"], report["missing"] = judge.checks, judge.missing
     report["verdict"] = "GO" if not judge.missing and all(check.met for check in judge.checks) else "NO-GO"
     return plain(report)
@@ -128,31 +155,25 @@ def plain(value: Any) -> Any:
 def _mapping(
     adapter: Path | None,
     pairs: tuple[Path, Path] | None,
-    methods: Sequence[str],
-    side: Side,
-    similarity: Similarity,
+    methods: Sequence[str] | None,
+    side: Side | None,
+    similarity: Similarity | None,
     seed: int,
 ) -> tuple[Map, list[str]]:
     """The adapter to audit, and what is to be said of its making."""
     if (adapter is None) == (pairs is None):
         raise UserError("give either a fitted --adapter, or --pairs-old and --pairs-new to fit one on")
     if adapter is not None:
-        return Map.load(adapter), []
+        for name, value in (("method", methods), ("side", side), ("similarity", similarity)):
+            if value is not None:
+                raise UserError(f"--{name} is for fitting to pairs; {adapter} is fitted and says its own; leave it out")
+        return Map.load(adapter), [
+            f"{adapter.name} does not say which pairs it was fitted to: if queries or gallery items were among them, all "
+            "figures flatter it"
+        ]
     assert pairs is not None
-    fits = fit(*pairs, methods, side=side, similarity=similarity, seed=seed)
+    side, similarity = side or "query", similarity or "cosine"
+    fits = fit(*pairs, methods or ["Procrustes"], side=side, similarity=similarity, seed=seed)
     best = fits.ranked[0]
     notes = f"pairs: {fits.note}; {best.adapter.kind} has overlap@10 {best.overlap:.3f} on held-out pairs"
     return Map(best.adapter, side, similarity, ""), [notes]
-
-
-def _shared(pairs: tuple[Path, Path], data: Data) -> list[str]:
-    """A warning where the adapter was fitted to what it is judged on."""
-    ids, notes = open_vectors(pairs[0]).ids, []
-    gallery_ids = data.gallery_file.ids
-    for what, others in (("queries", data.query_ids), ("judged gallery items", gallery_ids)):
-        if ids is None or others is None or ids.dtype.kind != others.dtype.kind:
-            continue
-        both = int(np.isin(data.judged(others) if others is gallery_ids else others, ids).sum())
-        if both:
-            notes.append(f"{both} {what} are among the pairs that the adapter was fitted on: that flatters it")
-    return notes

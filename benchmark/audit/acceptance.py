@@ -24,6 +24,12 @@ class Labels(NamedTuple):
     gallery: NDArray[np.int64]  # (Ng,)
     own: NDArray[np.int64]  # (Nq,) gallery row that is no candidate, -1 = none
 
+    @property
+    def right(self) -> NDArray[np.int64]:
+        """(Nq,) gallery items of the query's label, besides itself."""
+        counts = np.bincount(self.gallery, minlength=max(self.queries.max(), self.gallery.max()) + 1)
+        return counts[self.queries] - ((self.own >= 0) & (self.gallery[self.own] == self.queries))
+
 
 class Pairs(NamedTuple):
     """Per query: its pairs with gallery items of its own label and of others, and how many score at least the threshold."""

@@ -41,6 +41,10 @@ class Data:
         """n, the gallery items that are judged."""
         return len(self.gallery) if self.sample is None else len(self.sample)
 
+    @property
+    def sampled(self) -> bool:
+        return self.sample is not None
+
     def judged(self, whole: NDArray) -> NDArray:
         """The sample's rows of something that has N rows."""
         return whole if self.sample is None else whole[self.sample]
@@ -115,6 +119,11 @@ def read(
         of_new = query_labels not in old.columns and (query_labels in new.columns or Path(query_labels) == new.path)
         queries, rows = _labels(query_labels, new if of_new else old), new_rows if of_new else old_rows
         labels = _codes(queries if rows is None else queries[rows], _labels(gallery_labels, stored))
+        right = Labels(*labels, own).right
+        if not right.any():
+            raise UserError("no query has a gallery item of its label other than itself: recall and TAR need one")
+        if (right == len(stored) - (own >= 0)).all():
+            raise UserError("all queries and gallery items have the same label: nothing can be found or accepted wrongly")
     sliced = slices_of(((old, old_rows), (new, new_rows)), slices, query_labels)
     return Data(
         notes + said, old_queries, taken(new, new_rows), whole, stored, old, old_rows, sample, gallery, own, sliced,

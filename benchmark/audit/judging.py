@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmark import bounds
-from benchmark.audit import acceptance
 from benchmark.audit.data import Data
-from benchmark.audit.ways import ADAPTER, FULL, INDEXED, KS, OLD, Served, Way
+from benchmark.audit.ways import ADAPTER, FULL, INDEXED, KS, OLD, OLD_INDEXED, Served, Way
 from benchmark.bounds import Estimate
-from benchmark.neighbours import overlap, search
+from benchmark.errors import UserError
+from benchmark.neighbours import overlap
 
 K = 10  # what is decided by
 SLICE_LEAST = 20  # queries of a slice
@@ -29,6 +29,12 @@ class Requirements:
     slice: float = 0.5  # the same in every slice
     margin: float = 0.05  # change of the share accepted (with labels: loss of TAR), and negative flips
     far: float = 2.0  # with labels: FAR at the frozen threshold, as a multiple of what it was frozen at
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a share is none."""
+        for name, value in (("require-overlap", self.overlap), ("require-slice", self.slice), ("margin", self.margin)):
+            if not 0 <= value <= 1:
+                raise UserError(f"--{name} {value:g} is no share; give one from 0 to 1, as 0.8 for 80 %")
 
 
 class Check(NamedTuple):
@@ -50,6 +56,7 @@ class Judge:
         self.checks: list[Check] = []
         self.missing: list[str] = []
         self.full = ways.get(FULL)
+        self.who = "adapted queries" if served.mapping.side == "query" else "new queries"
         self.recall = self._recall()
         if self.full is None:
             self.missing.append(
@@ -58,66 +65,61 @@ class Judge:
             return
         self.exact = overlap(ways[ADAPTER].top(K), self.full.top(K), K)  # (Nq,) without the index
         self.what, self.chain = f"overlap@{K} with the full backfill", self.exact
-        if INDEXED in ways:
+        if INDEXED in ways and not data.sampled:
             self.what, self.chain = (
                 self.what + ", through the index",
                 overlap(ways[INDEXED].top(K), self.full.top(K), K),
             )
         elif self.recall:  # |index & full| >= |exact & full| - |exact without index|, query by query
             self.what += ", through the index (at least)"
-            self.chain = self.exact + self.recall["adapted queries"][K] - 1
+            self.chain = self.exact + self.recall[self.who][K] - 1
 
-    def _least(self, what: str, found: Estimate, least: float, strictly: bool = False) -> None:
+    def least(self, what: str, found: Estimate, least: float, strictly: bool = False) -> None:
         met = found.lower > least if strictly else found.lower >= least
         self.checks.append(
             Check(what, found, found.lower, f"{'above' if strictly else 'at least'} {least:g}", bool(met))
         )
 
-    def _most(self, what: str, found: Estimate, most: float) -> None:
+    def most(self, what: str, found: Estimate, most: float) -> None:
         self.checks.append(Check(what, found, found.upper, f"at most {most:g}", bool(found.upper <= most)))
 
     def overlaps(self) -> dict[str, Any]:
         """Way -> k -> overlap@k with the full backfill; and what of it the adapter and the index lose."""
         if self.full is None:
             return {}
+        judged = {name: way for name, way in self.ways.items() if way.sample is not None and name != FULL}
         values = {
-            (name, k): overlap(way.top(k), self.full.top(k), k)
-            for name, way in self.ways.items() for k in self.ks if name != FULL
+            (name, k): overlap(way.top(k), self.full.top(k), k) for name, way in judged.items() for k in self.ks
         }  # fmt: skip
         found = bounds.estimates(values, seed=self.seed)
-        report: dict[str, Any] = {name: {k: found[name, k] for k in self.ks} for name in self.ways if name != FULL}
+        report: dict[str, Any] = {name: {k: found[name, k] for k in self.ks} for name in judged}
         n = len(self.chain)
         report[FULL] = {k: Estimate(1.0, 1.0, 1.0, n, "by definition") for k in self.ks}
         losses: dict[Any, Values] = {("adapter", k): 1 - values[ADAPTER, k] for k in self.ks}
-        if INDEXED in self.ways:
+        if INDEXED in judged:
             losses |= {("index", k): values[ADAPTER, k] - values[INDEXED, k] for k in self.ks}
         elif self.recall:
-            losses |= {("index", k): 1 - self.recall["adapted queries"][k] for k in self.ks}
+            losses |= {("index", k): 1 - self.recall[self.who][k] for k in self.ks}
         lost = bounds.estimates(losses, least=-1, seed=self.seed)
         parts = ("adapter", "index") if self.recall else ("adapter",)
-        self._least(self.what, bounds.estimate(self.chain, least=-1, seed=self.seed), self.require.overlap)
+        chain = bounds.clipped(bounds.estimate(self.chain, least=-1, seed=self.seed))
+        self.least(self.what, chain, self.require.overlap)
         gain = bounds.estimate(self.exact - values[OLD, K], least=-1, seed=self.seed)
-        self._least(f"overlap@{K}: adapter less old model, both exact", gain, 0, strictly=True)
+        self.least(f"overlap@{K}: adapter less old model, both exact", gain, 0, strictly=True)
         return {"ways": report, "loss": {part: {k: lost[part, k] for k in self.ks} for part in parts}}
 
     def _recall(self) -> dict[str, dict[int, Values]]:
         """Whose queries -> k -> (Nq,) share of the exact first k, in all that is searched, that the index finds."""
-        index, data, similarity = self.served.index, self.data, self.served.mapping.similarity
-        if index is None:
-            return {}
-        who = {"adapted queries": (self.served.queries, ADAPTER)}
-        if self.served.mapping.side == "query":  # on the gallery side the index knows no old vectors
-            who["old queries"] = (data.old_queries, OLD)
-        recall = {}
-        for name, (queries, way) in who.items():
-            exact = self.ways[way].rows
-            if data.sample is not None:
-                exact = search(queries, self.served.gallery, KS[-1], similarity, data.own).rows
-            recall[name] = {k: overlap(index.search(queries, k, data.own), exact[:, :k], k) for k in self.ks}
-        return recall
+        pairs = {self.who: (INDEXED, ADAPTER), "old queries": (OLD_INDEXED, OLD)}
+        ks = [k for k in KS if k < len(self.data.gallery)]
+        return {
+            who: {k: overlap(self.ways[index].top_of_all(k), self.ways[exact].top_of_all(k), k) for k in ks}
+            for who, (index, exact) in pairs.items() if index in self.ways
+        }  # fmt: skip
 
     def index(self) -> dict[str, Any] | None:
-        """Kind and settings of the index; recall@k against exact search among the same vectors, for old and adapted queries.
+        """Kind and settings of the index; recall@k against exact search among the same vectors, for old and adapted (on the
+        gallery side: new) queries.
 
         Adapted queries may lie where a graph or a codebook has seen no vectors: then their recall is the lower one.
         """
@@ -157,101 +159,44 @@ class Judge:
             there = values[1] - np.log2(1 / depth) * (values[4] - values[1]) / 2
             if there.mean() > values[1].mean():
                 there = values[1]
-        least = float(there.min()) - 1
-        found = bounds.estimate(there + self.chain - self.exact, least=least, seed=self.seed)
-        bias = bounds.estimate(self.exact - there, least=-1, seed=self.seed)
-        word = (
-            "optimistic, at most" if bias.lower > 0 else "pessimistic, at least" if bias.upper < 0 else "fair, within"
-        )
-        self._least(f"{self.what}, of all {self.size:,} items", found, self.require.overlap)
+        exact = float(self.exact.mean())
+        least, most = float(there.min()) - 1, float(there.max())
+        found = bounds.estimate(there + self.chain - self.exact, least=least, most=most, seed=self.seed)
+        found = bounds.clipped(found)
+        bias = bounds.estimate(self.exact - there, least=-most, most=1 - least, seed=self.seed)
+        bias = bounds.clipped(bias, exact - 1, exact)  # overlap@10 of all is a share as well
+        word = "optimistic" if bias.lower > 0 else "pessimistic" if bias.upper < 0 else "fair"
+        self.least(f"{self.what}, of all {self.size:,} items", found, self.require.overlap)
         return {
             "stands for depth": K / n * self.size, "read off at depth": depth, "extrapolated": depth < 1,
-            "in service": found, "too high by": bias,
-            "the sample is": word,
+            "in service": found, "too high by": bias, "the sample is": word,
         }  # fmt: skip
 
-    def slices(self) -> list[dict[str, Any]]:
-        """Overlap@10 of every slice of at least SLICE_LEAST queries, worst first; their bounds hold for all at once."""
+    def slices(self) -> dict[str, Any]:
+        """Overlap@10 of every slice of at least SLICE_LEAST queries, worst first; their bounds hold for all at once.
+
+        Smaller ones are named with their number of queries. A column that was asked for and has only such ones is missing.
+        """
         if self.full is None:
-            return []
-        groups = [
-            (column, value, mask)
-            for column, values in self.data.slices.items() for value in np.unique(values)
-            if (mask := values == value).sum() >= SLICE_LEAST
-        ]  # fmt: skip
+            return {"judged": [], "too small": []}
+        groups, small = [], []
+        for column, values in self.data.slices.items():
+            masks = [(column, value, values == value) for value in np.unique(values)]
+            large = [group for group in masks if group[2].sum() >= SLICE_LEAST]
+            small += [
+                {"column": column, "value": value, "n": int(mask.sum())}
+                for _, value, mask in masks if mask.sum() < SLICE_LEAST
+            ]  # fmt: skip
+            groups += large
+            if self.data.asked and not large:
+                self.missing.append(f"slice {column}: none of its {len(masks)} groups has {SLICE_LEAST} queries")
         found = []
         for column, value, mask in groups:
             estimate = bounds.estimate(self.chain[mask], least=-1, seed=self.seed, error=bounds.ERROR / len(groups))
-            found.append({"column": column, "value": value, "overlap": estimate})
+            found.append({"column": column, "value": value, "overlap": bounds.clipped(estimate)})
         found.sort(key=lambda row: row["overlap"].value)
         if found:
             least = min(found, key=lambda row: row["overlap"].lower)
             name = f"overlap@{K} of every slice (least: {least['column']} = {least['value']})"
-            self._least(name, least["overlap"], self.require.slice)
-        return found
-
-    def threshold(self, accept: float, far: float) -> dict[str, Any]:
-        """The threshold frozen on the old system, and the share of best matches that reach it, way by way."""
-        old, labels, similarity = self.ways[OLD], self.data.judged_labels, self.served.mapping.similarity
-        assert old.best is not None and old.side is not None
-        if labels is None:
-            score, frozen = (
-                acceptance.threshold_by_share(old.best, accept),
-                f"{accept:.0%} of the old best matches pass",
-            )
-        else:
-            score, frozen = (
-                acceptance.threshold_by_far(old.side, labels, similarity, far),
-                f"FAR {far:g} of the old system",
-            )
-        passed = {name: (way.best >= score).astype(float) for name, way in self.ways.items() if way.best is not None}
-        report: dict[str, Any] = {
-            "score": score,
-            "frozen at": frozen,
-            "accepted": bounds.estimates(passed, seed=self.seed),
-        }
-        if labels is None:
-            change = bounds.estimate(passed[ADAPTER] - passed[OLD], least=-1, seed=self.seed)
-            bound = max(change.lower, change.upper, key=abs)
-            required = f"within ±{self.require.margin:g}"
-            met = bool(abs(bound) <= self.require.margin)
-            self.checks.append(Check("share accepted at the frozen threshold: change", change, bound, required, met))
-            return report
-        pairs = {
-            name: acceptance.pairs_at(way.side, labels, similarity, score)
-            for name, way in self.ways.items()
-            if way.side
-        }
-        for name, of in (("far", ("impostor_accepted", "impostor")), ("tar", ("genuine_accepted", "genuine"))):
-            report[name] = {way: bounds.ratio(*(getattr(p, x) for x in of), seed=self.seed) for way, p in pairs.items()}
-        new, before = pairs[ADAPTER], pairs[OLD]
-        self._most("FAR at the frozen threshold", report["far"][ADAPTER], self.require.far * far)
-        change = bounds.ratio(new.genuine_accepted - before.genuine_accepted, new.genuine, least=-1, seed=self.seed)
-        self._least("TAR at the frozen threshold: change", change, -self.require.margin)
-        return report
-
-    def labelled(self) -> dict[str, Any] | None:
-        """Recall@k, the share of queries with a right item among the first k, of queries that have one; negative flips."""
-        labels = self.data.judged_labels
-        if labels is None:
-            return None
-        counts = np.bincount(labels.gallery, minlength=max(labels.queries.max(), labels.gallery.max()) + 1)
-        own = (labels.own >= 0) & (labels.gallery[labels.own] == labels.queries)
-        kept = counts[labels.queries] - own > 0
-        hits = {}
-        for name, way in self.ways.items():
-            for k in self.ks:
-                rows = way.top(k)[kept]
-                right = (labels.gallery[rows] == labels.queries[kept, None]) & (rows >= 0)
-                hits[name, k] = right.any(1).astype(float)
-        found = bounds.estimates(hits, seed=self.seed)
-        served = INDEXED if INDEXED in self.ways else ADAPTER
-        lost = {name: hits[OLD, 1] * (1 - hits[name, 1]) for name in self.ways if name != OLD}
-        flips = bounds.estimates(lost, seed=self.seed)
-        change = bounds.estimate(hits[served, 1] - hits[OLD, 1], least=-1, seed=self.seed)
-        self._least("recall@1: adapter less old model", change, 0, strictly=True)
-        self._most("negative flips", flips[served], self.require.margin)
-        return {
-            "queries": int(kept.sum()), "dropped": int((~kept).sum()), "negative flips": flips,
-            "recall": {name: {k: found[name, k] for k in self.ks} for name in self.ways},
-        }  # fmt: skip
+            self.least(name, least["overlap"], self.require.slice)
+        return {"judged": found, "too small": sorted(small, key=lambda row: -row["n"])}

@@ -9,14 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmark.audit.data import Data
-from benchmark.vectors import Array, Vectors, open_vectors
+from benchmark.vectors import Array, open_vectors
 
 
-def leaks(old_pairs: Path, queries: Vectors, gallery: Vectors, data: Data) -> list[str]:
+def leaks(old_pairs: Path, data: Data) -> list[str]:
     """Warnings of queries and judged gallery items that are among the pairs: the same id, or the same old vector."""
     pairs, notes = open_vectors(old_pairs), []
     known = _prints(pairs.chunks())
-    for what, file, rows in (("queries", queries, data.query_rows), ("judged gallery items", gallery, data.sample)):
+    judged = (
+        ("queries", data.query_file, data.query_rows),
+        ("judged gallery items", data.gallery_file, data.sample),
+    )
+    for what, file, rows in judged:
         among = np.isin(_prints(file.chunks()), known)
         if pairs.ids is not None and file.ids is not None and pairs.ids.dtype.kind == file.ids.dtype.kind:
             among |= np.isin(file.ids, pairs.ids)

@@ -54,6 +54,6 @@ def quartiles(values: NDArray) -> NDArray:
     quarter = np.searchsorted(np.quantile(numbers, [0.25, 0.5, 0.75]), numbers)
     names = np.full(len(values), "null", object)
     parts = {i: numbers[quarter == i] for i in np.unique(quarter)}
-    ranges = {i: f"{part.min():.6g} to {part.max():.6g}" for i, part in parts.items()}
+    ranges = {i: f"{part.min():.6g} to {part.max():.6g} (quarter {i + 1})" for i, part in parts.items()}
     names[present] = [ranges[i] for i in quarter]
     return names.astype(str)

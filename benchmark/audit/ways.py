@@ -1,9 +1,9 @@
-"""The ways to serve that an audit compares, with what each costs to reach and to run."""
+"""The ways to serve that an audit compares, with what each costs to reach."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from benchmark.adapt import Map
 from benchmark.audit.acceptance import Side
 from benchmark.audit.data import Data
 from benchmark.audit.faiss_index import Index
-from benchmark.neighbours import Found, Rows, fuse, search
+from benchmark.neighbours import Rows, fuse, search
 from benchmark.vectors import Array
 
 ADAPTER, INDEXED, OLD, FULL = "adapter", "adapter and index", "old model only", "full re-embedding"
+OLD_INDEXED = "old model and index"
 KS = (1, 10, 100)  # depths of what is reported
 DEEPEST = KS[-1]  # also of the lists that are fused
-TIMED = 500  # queries, one at a time
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,27 @@ class Served:
 
 @dataclass
 class Way:
-    rows: Rows  # (Nq, k) of the judged sample, best first
+    """Rankings of the judged sample, for what is held against the full backfill, and of all that is stored, for the rest."""
+
     cost: dict[str, Any]
-    best: Array | None = None  # (Nq,) score of the best match, where a threshold may meet it
+    sample: Rows | None = None  # (Nq, k) rows of the sample, best first; None for an index over more than the sample
+    whole: Rows | None = None  # (Nq, k) rows of the gallery; None where the new model has embedded only a sample
+    best: Array | None = None  # (Nq,) score of the best match in the whole gallery, where a threshold may meet it
     side: Side | None = None  # the vectors that are compared
-    by_k: dict[int, Rows] = field(default_factory=dict)  # of an index, which searches less for fewer
+    sampled: bool = False  # whether the gallery of `side` is the sample only
+    by_k: dict[int, Rows] = field(default_factory=dict)  # of an index, which searches less for fewer; rows of the gallery
 
     def top(self, k: int) -> Rows:
-        """(Nq, k)"""
-        return self.by_k.get(k, self.rows)[:, :k]
+        """(Nq, k) of the judged sample."""
+        rows = self.by_k.get(k, self.sample)
+        assert rows is not None
+        return rows[:, :k]
+
+    def top_of_all(self, k: int) -> Rows:
+        """(Nq, k) of the whole gallery."""
+        rows = self.by_k.get(k, self.whole)
+        assert rows is not None
+        return rows[:, :k]
 
 
 def serve(data: Data, mapping: Map, index: Path | None, settings: str | None) -> Served:
@@ -67,13 +79,23 @@ def serve(data: Data, mapping: Map, index: Path | None, settings: str | None) ->
 def all_ways(
     data: Data, served: Served, dual: Sequence[float], size: int, encoder_rate: float | None, seed: int
 ) -> dict[str, Way]:
-    """Every way by name, on the judged sample; those that need the new gallery only where it is given.
+    """Every way by name; those that need the new gallery only where it is given.
 
     Costs are those of `size` items: vectors to embed again, vectors to write, seconds of both where known.
     """
 
-    def found(queries: Array, gallery: Array) -> tuple[Found, Side]:
-        return search(queries, gallery, DEEPEST, served.mapping.similarity, data.own_judged), Side(queries, gallery)
+    def found(queries: Array, gallery: Array, price: dict[str, Any]) -> Way:
+        """By exact search, in the whole gallery and in the sample of it."""
+        similarity, side = served.mapping.similarity, Side(queries, gallery)
+        whole = search(queries, gallery, DEEPEST, similarity, data.own)
+        part = whole.rows
+        if data.sample is not None:
+            part = search(queries, gallery[data.sample], DEEPEST, similarity, data.own_judged).rows
+        return Way(price, part, whole.rows, whole.scores[:, 0], side)
+
+    def through(index: Index, queries: Array, price: dict[str, Any]) -> Way:
+        by_k = {k: index.search(queries, k, data.own) for k in KS}
+        return Way(price, by_k[DEEPEST] if data.sample is None else None, by_k[DEEPEST], by_k=by_k)
 
     def cost(embedded: float, written: float, seconds: float | None, encoders: int) -> dict[str, Any]:
         return {
@@ -84,26 +106,33 @@ def all_ways(
     def encoding(items: float) -> float | None:
         return items / encoder_rate if encoder_rate else None
 
-    ways = {}
-    mapped = 0 if served.mapping.side == "query" else size
-    top, side = found(served.queries, data.judged(served.gallery))
-    ways[ADAPTER] = Way(top.rows, cost(0, mapped, mapped * served.seconds_per_item, 1), top.scores[:, 0], side)
-    if served.index and data.sample is None:
-        by_k = {k: served.index.search(served.queries, k, data.own) for k in KS}
-        ways[INDEXED] = Way(by_k[DEEPEST], ways[ADAPTER].cost, by_k=by_k)
-    old, side = found(data.old_queries, data.judged(data.gallery))
-    ways[OLD] = Way(old.rows, cost(0, 0, 0.0, 1), old.scores[:, 0], side)
+    query_side = served.mapping.side == "query"
+    mapped, index = 0 if query_side else size, served.index
+    ways = {ADAPTER: found(served.queries, served.gallery, cost(0, mapped, mapped * served.seconds_per_item, 1))}
+    if index:
+        ways[INDEXED] = through(index, served.queries, ways[ADAPTER].cost)
+    ways[OLD] = old = found(data.old_queries, data.gallery, cost(0, 0, 0.0, 1))
+    if index and query_side:  # on the gallery side the index knows no old vectors
+        ways[OLD_INDEXED] = through(index, data.old_queries, old.cost)
     if data.new is None:
         return ways
     order = np.random.default_rng(seed).permutation(data.size)
     for share in dual:
-        part = np.sort(order[: max(1, round(share * data.size))])
+        part = np.sort(order[: round(share * data.size)])
         new = _among(data.new_queries, data.new, part, served.mapping, data)
-        again = cost(share * size, share * size, encoding(share * size), 2)
-        ways[f"two indexes, {share:.0%} re-embedded"] = Way(fuse([new, old.rows], DEEPEST), again)
-    top, side = found(data.new_queries, data.new)
-    ways[FULL] = Way(top.rows, cost(size, size, encoding(size), 1), top.scores[:, 0], side)
+        price = cost(share * size, share * size, encoding(share * size), 2)
+        fused = fuse([new, old.top(DEEPEST)], DEEPEST)
+        ways[dual_name(share)] = Way(price, fused, None if data.sampled else fused)
+    again = search(data.new_queries, data.new, DEEPEST, served.mapping.similarity, data.own_judged)
+    side, price = Side(data.new_queries, data.new), cost(size, size, encoding(size), 1)
+    ways[FULL] = Way(price, again.rows, side=side, sampled=data.sampled)
+    if not data.sampled:
+        ways[FULL].whole, ways[FULL].best = again.rows, again.scores[:, 0]
     return ways
+
+
+def dual_name(share: float) -> str:
+    return f"two indexes, {100 * share:.3g}% re-embedded"
 
 
 def _among(queries: Array, gallery: Array, part: np.ndarray, mapping: Map, data: Data) -> Rows:
@@ -112,28 +141,3 @@ def _among(queries: Array, gallery: Array, part: np.ndarray, mapping: Map, data:
     place[part] = np.arange(len(part))
     rows = search(queries, gallery[part], DEEPEST, mapping.similarity, place[data.own_judged]).rows
     return np.where(rows >= 0, part[rows], -1)
-
-
-def latency(data: Data, served: Served) -> dict[str, Any]:
-    """Milliseconds from a query's embedding to its first 10, one query at a time: p50 and p99, with and without adapter."""
-    mapping, index = served.mapping, served.index
-
-    def one(query: Array) -> None:
-        if index:
-            index.one(query)
-        else:
-            search(query, served.gallery, 10, mapping.similarity)
-
-    report: dict[str, Any] = {"search": f"{index.kind}, {index.settings}" if index else "exact"}
-    report |= {"queries": min(TIMED, len(served.queries)), "vectors searched": len(served.gallery)}
-    steps: dict[str, tuple[Array, Callable[[Array], None]]] = {"search": (served.queries, one)}
-    if mapping.side == "query":
-        steps["adapter and search"] = data.new_queries, lambda query: one(mapping(query))
-    for name, (queries, step) in steps.items():
-        times = []
-        for at in [0] * 10 + list(range(report["queries"])):  # ten to warm up
-            start = time.perf_counter()
-            step(queries[at : at + 1])
-            times.append(1000 * (time.perf_counter() - start))
-        report[f"{name}, ms"] = dict(zip(("p50", "p99"), np.quantile(times[10:], [0.5, 0.99])))
-    return report
