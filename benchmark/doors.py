@@ -24,7 +24,7 @@ def adapt_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, help=f"the pairs by the old model; {FILES}")
     parser.add_argument("--new", type=Path, help="the same items by the new model; by id, else row by row")
     parser.add_argument(
-        "--method", nargs="+", default=["Procrustes"], help="names or 'all'; of several the best is kept"
+        "--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)"
     )
     _side_arguments(parser)
     parser.add_argument("--pairs", type=int, help="fit to so many pairs, drawn at random (default: all)")
@@ -45,19 +45,29 @@ def audit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="what `compatbench adapt` wrote; or give pairs to fit one on:")
     parser.add_argument("--pairs-old", type=Path, help="items by the old model, best none of the queries and sample")
     parser.add_argument("--pairs-new", type=Path, help="the same by the new model")
-    parser.add_argument("--method", nargs="+", default=["Procrustes"], help="with pairs: names; of several the best")
+    parser.add_argument(
+        "--method", nargs="+", help="with pairs: names; of several the best is kept (default: Procrustes)"
+    )
     _side_arguments(parser)
     parser.add_argument("--index", type=Path, help="faiss index of what is searched (old gallery, or adapted gallery)")
     parser.add_argument(
         "--search", metavar="NAME=VALUE", help="its search setting, as nprobe=16 (default: as it is set)"
     )
-    parser.add_argument("--query-labels", help=".npy, .safetensors with 'labels', or the name of a column")
-    parser.add_argument("--gallery-labels", help="the same of the stored gallery")
-    parser.add_argument("--slice", nargs="+", help="columns of the query files (default: all with 2 to 50 values)")
     parser.add_argument(
-        "--accept", type=float, default=0.9, help="frozen threshold: share of old best matches that pass"
+        "--query-labels",
+        help=".npy or .safetensors with 'labels', row by row those of --queries-old; or a column of a query file",
     )
-    parser.add_argument("--far", type=float, default=1e-3, help="the same with labels: FAR of the old system")
+    parser.add_argument("--gallery-labels", help="the same of --gallery-old")
+    parser.add_argument(
+        "--slice",
+        nargs="+",
+        help="columns of the query files, numbers by quarters; all must be judged for a GO (default: those of 2 to 50 values)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="SCORE", help="in use: a cosine, with l2 a squared distance; or look for one:"
+    )
+    parser.add_argument("--accept", type=float, help="where this share of old best matches pass (default: 0.9)")
+    parser.add_argument("--far", type=float, help="with labels: at this FAR of the old system (default: 0.001)")
     parser.add_argument("--gallery-size", type=int, help="items in service, if --gallery-old is a random part of them")
     parser.add_argument(
         "--encoder-rate", type=float, help="items a second of the new encoder, for the time of a backfill"
@@ -66,7 +76,7 @@ def audit_arguments(parser: ArgumentParser) -> None:
         "--dual", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="shares that a second index holds"
     )
     parser.add_argument(
-        "--require-overlap", type=float, default=0.8, help="for a GO: least overlap@10 with the backfill"
+        "--require-overlap", type=float, default=0.8, help="for a GO: least overlap@10 with the backfill, 0 to 1"
     )
     parser.add_argument("--require-slice", type=float, default=0.5, help="the same in every slice")
     parser.add_argument("--margin", type=float, default=0.05, help="most change of share accepted or TAR; most flips")
@@ -91,7 +101,7 @@ def command_audit(args: Namespace) -> None:
             pairs=(args.pairs_old, args.pairs_new) if args.pairs_old else None, methods=args.method, side=args.side,
             similarity=args.similarity, index=args.index, settings=args.search, query_labels=args.query_labels,
             gallery_labels=args.gallery_labels, slices=args.slice, accept=args.accept, far=args.far,
-            gallery_size=args.gallery_size, encoder_rate=args.encoder_rate, dual=args.dual,
+            score=args.threshold, gallery_size=args.gallery_size, encoder_rate=args.encoder_rate, dual=args.dual,
             require=Requirements(args.require_overlap, args.require_slice, args.margin), seed=args.seed,
         )  # fmt: skip
     console.print(render(report))
@@ -107,10 +117,9 @@ def _side_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--side",
         choices=["query", "gallery"],
-        default="query",
-        help="query: new to old; gallery: stored vectors to new",
+        help="query: new to old; gallery: stored vectors to new (default: query)",
     )
-    parser.add_argument("--similarity", choices=["cosine", "l2"], default="cosine", help="what the search ranks by")
+    parser.add_argument("--similarity", choices=["cosine", "l2"], help="what the search ranks by (default: cosine)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
 
 
@@ -135,11 +144,12 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     with console.status("loading torch"):
         from benchmark import adapters
         from benchmark.adapt import fit
-    methods = list(adapters.KINDS) if "all" in args.method else args.method
+    methods = args.method or ["Procrustes"]
+    methods = list(adapters.KINDS) if "all" in methods else methods
     with bar("reading pairs") as progress:
         fits = fit(
-            args.old, args.new, methods, side=args.side, similarity=args.similarity, pairs=args.pairs,
-            settings=settings, seed=args.seed, progress=progress,
+            args.old, args.new, methods, side=args.side or "query", similarity=args.similarity or "cosine",
+            pairs=args.pairs, settings=settings, seed=args.seed, progress=progress,
         )  # fmt: skip
     best = fits.ranked[0]
     adapters.save(args.out, best.adapter, best.notes)

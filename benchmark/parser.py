@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
 from benchmark import __version__, doors
+from benchmark.errors import UserError
+
+
+class Parser(ArgumentParser):
+    """Mistakes in one line that names the option as it was typed."""
+
+    def error(self, message: str, *_: object) -> NoReturn:
+        raise UserError(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A parser's complaint: its keys as options ("audit.queries_old" is --queries-old), its types as words."""
+    text = " ".join(message.split())
+    if found := re.match(r"the following arguments are required: (.*)", text):
+        return f"missing: {', '.join(map(_option, found[1].split(', ')))}; see --help"
+    if found := re.match(r'Parser key "([^"]*)"(?: element \d+)?: Expected a <class \'(\w+)\'>\. Got value: (.*)', text):
+        return f"{_option(found[1])} takes {WORDS.get(found[2], found[2])}, not '{found[3]}'"
+    return re.sub(r'(?:Parser )?key "([^"]*)"', lambda key: _option(key[1]), text, flags=re.IGNORECASE)
+
+
+WORDS = {"int": "an integer", "float": "a number"}
+POSITIONAL = ("protocol", "what")
+
+
+def _option(key: str) -> str:
+    name = key.rpartition(".")[2]
+    return name if name in POSITIONAL else "--" + name.lstrip("-").replace("_", "-")
 
 
 class Help(argparse.HelpFormatter):
@@ -43,7 +72,7 @@ def change_options(sub: ArgumentParser) -> None:
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = Parser(
         prog="compatbench",
         description="The benchmark of compatible representation learning: upgrade an embedding model, keep the gallery.",
         version=__version__,
@@ -52,7 +81,7 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="subcommand")
 
     def command(name: str, summary: str, example: str) -> ArgumentParser:
-        sub = ArgumentParser(description=f"{summary} Example: {example}", formatter_class=Help)
+        sub = Parser(description=f"{summary} Example: {example}", formatter_class=Help)
         commands.add_subcommand(name, sub, help=summary)
         return sub
 

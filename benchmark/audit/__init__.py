@@ -23,7 +23,7 @@ import numpy as np
 from benchmark.adapt import Map, Side, fit
 from benchmark.audit.data import read
 from benchmark.audit.judging import Judge, Requirements
-from benchmark.audit.leaks import leaks
+from benchmark.audit.leaks import fitted_to, leaks
 from benchmark.audit.serving import labelled, threshold
 from benchmark.audit.timing import latency, rewriting
 from benchmark.audit.ways import all_ways, dual_name, serve
@@ -92,18 +92,20 @@ def audit(
         raise UserError(f"--encoder-rate {encoder_rate:g} must be above 0: items a second")
     if seed < 0:
         raise UserError(f"--seed {seed} must be at least 0")
-    given = {"accept": accept, "far": far, "threshold": score}
-    unused = "far" if query_labels is None else "accept"
-    if score is not None and accept is not far:
-        raise UserError(f"--{'accept' if far is None else 'far'} sets a threshold, and so does --threshold; give one of them")
-    if given[unused] is not None:
-        needs = "needs labels" if unused == "far" else "is for an audit without labels; with labels give --far"
-        raise UserError(f"--{unused} {needs}")
+    if score is not None and (accept is not None or far is not None):
+        raise UserError("--threshold is the score in use; leave out --accept and --far, which look for one")
+    if far is not None and query_labels is None:
+        raise UserError("--far needs labels: --query-labels and --gallery-labels; without them give --accept")
+    if accept is not None and query_labels is not None:
+        raise UserError("--accept is for an audit without labels; with labels give --far")
     if settings and not index:
         raise UserError("--search is a setting of the index; give --index too")
     mapping, fitted = _mapping(adapter, pairs, methods, side, similarity, seed)
+    if score is not None and not (-1 <= score <= 1 if mapping.similarity == "cosine" else 0 <= score < float("inf")):
+        raise UserError(f"--threshold {score:g} is no {'cosine' if mapping.similarity == 'cosine' else 'squared distance'}")
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
-    data.notes += fitted + (leaks(pairs[0], data) if pairs else [])
+    files = (queries_old, queries_new, gallery_old, *([gallery_new] if gallery_new else []))
+    data.notes += fitted + (leaks(pairs[0], data) if pairs else []) + (fitted_to(adapter, files) if adapter else [])
     size = len(data.gallery) if gallery_size is None else gallery_size
     if size < len(data.gallery):
         raise UserError(f"--gallery-size {size} is less than the {len(data.gallery)} rows of {gallery_old}")
@@ -167,10 +169,7 @@ def _mapping(
         for name, value in (("method", methods), ("side", side), ("similarity", similarity)):
             if value is not None:
                 raise UserError(f"--{name} is for fitting to pairs; {adapter} is fitted and says its own; leave it out")
-        return Map.load(adapter), [
-            f"{adapter.name} does not say which pairs it was fitted to: if queries or gallery items were among them, all "
-            "figures flatter it"
-        ]
+        return Map.load(adapter), []
     assert pairs is not None
     side, similarity = side or "query", similarity or "cosine"
     fits = fit(*pairs, methods or ["Procrustes"], side=side, similarity=similarity, seed=seed)

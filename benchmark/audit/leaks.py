@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmark import adapters
 from benchmark.audit.data import Data
+from benchmark.files import sha256_file
 from benchmark.vectors import Array, open_vectors
 
 
@@ -30,6 +32,21 @@ def leaks(old_pairs: Path, data: Data) -> list[str]:
                 f"{both} {what} are among the pairs that the adapter was fitted on (same id or same vector): that flatters it"
             )
     return notes
+
+
+def fitted_to(adapter: Path, judged: Sequence[Path]) -> list[str]:
+    """Whether one of the judged files is one that the adapter was fitted to, as far as its notes say.
+
+    They may name the files of its pairs, under "old file" and "new file", by size in bytes and sha256.
+    """
+    notes = adapters.load(adapter)[1]
+    known = {notes[name] for name in ("old file", "new file") if name in notes}
+    same = [file for file in judged if known and f"{file.stat().st_size} {sha256_file(file)}" in known]
+    if same:
+        return [f"{adapter.name} was fitted to {' and '.join(map(str, same))}, which it is judged on: that flatters it"]
+    if known:
+        return [f"{adapter.name} was fitted to other files; if these held the same items, that flatters it"]
+    return [f"{adapter.name} does not say which items it was fitted to; if they are among these, that flatters it"]
 
 
 def _prints(chunks: Iterable[Array]) -> NDArray[np.int64]:

@@ -24,6 +24,19 @@ def percent(found: Estimate | None, digits: int = 1) -> str:
     return value if found["bounds"] == "by definition" else f"{value} [{lower}, {upper}]"
 
 
+def significant(found: Estimate | None) -> str:
+    """As `percent` with two digits that count, for shares that may be tiny: 0.0012 [0.00031, 0.0029]."""
+    if found is None:
+        return "–"
+    value, lower, upper = (f"{100 * found[key]:.2g}" for key in ("value", "lower", "upper"))
+    return f"{value} [{lower}, {upper}]"
+
+
+def number(value: float) -> str:
+    """Four places, or three digits that count where that is more."""
+    return f"{value:z.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+
+
 def render(report: Mapping[str, Any]) -> RenderableType:
     sizes, adapter = report["sizes"], report["adapter"]
     head = f"{adapter['method']}, {adapter['side']} side, {adapter['similarity']}; "
@@ -31,24 +44,10 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         _lines(head + ", ".join(f"{name} {count:,}" for name, count in sizes.items()), *report["notes"]),
         *_ways(report),
     ]
-    for part in ("index", "labelled", "slices"):
+    for part, shown in (("index", _index), ("labelled", _labelled), ("slices", _slices)):
         if report[part]:
-            parts += {"index": _index, "labelled": _labelled, "slices": _slices}[part](report)
-    latency = report["latency"]
-    times = [
-        f"{name.removesuffix(', ms')} {ms['p50']:.2f} / {ms['p99']:.2f} ms"
-        for name, ms in latency.items() if name.endswith(", ms")
-    ]  # fmt: skip
-    parts += [
-        _lines(
-            "",
-            f"Latency, p50 / p99 of {latency['queries']} single queries, {latency['search']} search of "
-            f"{latency['vectors searched']:,} vectors: {'; '.join(times)}",
-            _bias(report),
-        ),
-        *_checks(report),
-    ]
-    return Group(*parts)
+            parts += shown(report)
+    return Group(*parts, _lines("", _latency(report), _writing(report), *_bias(report)), *_checks(report))
 
 
 def _lines(*lines: str) -> Text:
@@ -68,6 +67,7 @@ def _row(table: Table, name: str, *found: Estimate | None) -> None:
 
 def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
     overlaps, threshold = report["overlap"].get("ways", {}), report["threshold"]
+    reach = "reach" if threshold["of"] == "cosine" else "come as near as"
     ks = list(next(iter(overlaps.values()))) if overlaps else []
     judged = _table("way to serve, %", *(f"overlap@{k}" for k in ks), "accepted")
     costs = _table("to get there", "embed again", "write", "hours", "encoders a query")
@@ -77,8 +77,10 @@ def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
         count = f"{cost['vectors embedded again']:,}", f"{cost['vectors written']:,}"
         costs.add_row(name, *count, hours, str(cost["encoders a query"]))
     said = (
-        "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches that "
-        f"reach {threshold['score']:.4f}, the threshold frozen at: {threshold['frozen at']}.",
+        "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches in "
+        f"all of the gallery that {reach} the {threshold['of']} {threshold['score']:.4f}, the threshold frozen at: "
+        f"{threshold['frozen at']}."
+        + " –: known on the sample only, or through the index in all of the gallery only." * bool(_sampled(report)),
         "hours: to embed again and write, without building an index; ? needs --encoder-rate.",
     )
     return [judged, _lines(said[0]), costs, _lines(said[1])]
@@ -92,8 +94,7 @@ def _index(report: Mapping[str, Any]) -> list[RenderableType]:
         _row(table, f"{who}: found of the exact first k", *(found[k] for k in ks))
     for part, found in loss.items():
         _row(table, f"overlap lost by the {part}", *(found[k] for k in ks))
-    seconds = index["seconds to add all vectors again"]
-    return [table, _lines(f"To add all vectors to the index again, without training: about {seconds:,.1f} s.")]
+    return [table]
 
 
 def _labelled(report: Mapping[str, Any]) -> list[RenderableType]:
@@ -101,50 +102,100 @@ def _labelled(report: Mapping[str, Any]) -> list[RenderableType]:
     ks = [k for k in next(iter(found["recall"].values())) if k != "100"]
     table = _table("with labels, %", *(f"recall@{k}" for k in ks), "negative flips", "TAR", "FAR")
     for name, recall in found["recall"].items():
-        far = threshold["far"].get(name)
-        others = (found["negative flips"].get(name), threshold["tar"].get(name))
-        cells = [percent(one) for one in (*(recall[k] for k in ks), *others)]
-        table.add_row(name, *map(Text, (*cells, percent(far, 3))))
-    dropped = f"; {found['dropped']} queries without a right item are left out" if found["dropped"] else ""
+        cells = [percent(one) for one in (*(recall[k] for k in ks), found["negative flips"].get(name))]
+        tar, far = percent(threshold["tar"].get(name)), significant(threshold["far"].get(name))
+        table.add_row(name, *map(Text, (*cells, tar, far)))
+    for name in found["left out"]:
+        if name in threshold["far"]:
+            cells = [*["–"] * (len(ks) + 1), percent(threshold["tar"][name]), significant(threshold["far"][name])]
+            table.add_row(f"{name}, sample", *map(Text, cells))
+    dropped = f"; {found['dropped']:,} queries without a right item are left out" if found["dropped"] else ""
     return [
         table,
-        _lines(f"recall@k: queries with a right item among the first k; TAR, FAR: at the frozen threshold{dropped}."),
+        _lines(
+            f"In all {found['gallery']:,} items. recall@k: queries with a right item among the first k{dropped}. negative flips: "
+            "right by the old model, through the same index where there is one, and now wrong. TAR, FAR: pairs accepted at the "
+            "frozen threshold, of the right and of the wrong."
+        ),
     ]
 
 
 def _slices(report: Mapping[str, Any]) -> list[RenderableType]:
-    rows = report["slices"]
+    rows, small = report["slices"]["judged"], report["slices"]["too small"]
+    said = []
+    if small:
+        named = ", ".join(f"{row['column']} = {row['value'][:40]} ({row['n']})" for row in small[:SLICES])
+        more = f" and {len(small) - SLICES} more" if len(small) > SLICES else ""
+        said.append(f"Slices of too few queries to be judged: {named}{more}.")
+    if not rows:
+        return [_lines(*said)] if said else []
     table = _table("slice", "queries", "overlap@10, %")
     for row in rows[:SLICES]:
         table.add_row(
             Text(f"{row['column']} = {row['value']}"), f"{row['overlap']['n']:,}", Text(percent(row["overlap"]))
         )
-    return [table, _lines(f"The worst of {len(rows)} slices; the bounds hold for all of them at once.")]
+    worst = f"The worst of {len(rows)} slices" if len(rows) > SLICES else "Slices, worst first"
+    return [table, _lines(f"{worst}; the bounds hold for all of them at once.", *said)]
 
 
-def _bias(report: Mapping[str, Any]) -> str:
-    bias, sizes = report["sample bias"], report["sizes"]
-    if bias is None:
-        if sizes["judged sample"] < sizes["gallery in service"]:
-            return "Bias of the sample: unknown."
-        return "Bias of the sample: none, all of the gallery is judged (if more is in service: --gallery-size)."
-    how = "extrapolated to" if bias["extrapolated"] else "read off at"
+def _latency(report: Mapping[str, Any]) -> str:
+    latency = report["latency"]
+    times = [f"{name} {ms['p50']:.2f} / {ms['p99']:.2f} ms" for name, ms in latency["ms"].items()]
     return (
-        f"Bias of the sample: overlap@10 among {sizes['judged sample']:,} of {sizes['gallery in service']:,} items stands for "
-        f"overlap@{bias['stands for depth']:.0f} of all; as overlap@10 of all, {how} depth {bias['read off at depth']:.2g} of the "
-        f"sample, the figure is {bias['the sample is']} by {percent(bias['too high by'])} points."
+        f"Latency without embedding, p50 / p99 of {latency['queries']} single queries, {latency['search']} search of "
+        f"{latency['vectors searched']:,} vectors: {'; '.join(times)}."
     )
+
+
+def _writing(report: Mapping[str, Any]) -> str:
+    again = report["writing again"]
+    said = f"To write all {again['vectors']:,} vectors again: {again['to a file, seconds']:,.2g} s into a plain file"
+    if "to the index, seconds" in again:
+        least = "at least " * again["at least"]
+        said += f", {least}{again['to the index, seconds']:,.2g} s into such an index by this machine's threads"
+    return f"{said}; embedding, training of an index, network and database not counted."
+
+
+def _sampled(report: Mapping[str, Any]) -> bool:
+    return 0 < report["sizes"]["judged sample"] < report["sizes"]["gallery"]
+
+
+def _bias(report: Mapping[str, Any]) -> list[str]:
+    bias, sizes = report["sample bias"], report["sizes"]
+    if not sizes["judged sample"]:
+        return ["The full backfill is unknown: --gallery-new is not given."]
+    said = []
+    if bias is None:
+        said.append("Bias of the sample: none, all of the gallery is judged (if more is in service: --gallery-size).")
+    else:
+        high, less = bias["too high by"], "less" if bias["too high by"]["value"] > 0 else "more"
+        if high["value"] < 0:
+            high = {"value": -high["value"], "lower": -high["upper"], "upper": -high["lower"], "bounds": high["bounds"]}
+        how = ", an extrapolation" if bias["extrapolated"] else ""
+        said.append(
+            f"Bias of the sample: overlap@10 among {sizes['judged sample']:,} of {sizes['gallery in service']:,} items stands for "
+            f"overlap@{bias['stands for depth']:.0f} of all. As overlap@10 of all it is {bias['the sample is']}, by about "
+            f"{percent(high)} points or {less} (seen at depth {bias['read off at depth']:.2g} of the sample{how})."
+        )
+    if sizes["gallery"] < sizes["gallery in service"]:
+        said.append(
+            f"accepted, recall and flips are those of {sizes['gallery']:,} items: among {sizes['gallery in service']:,} best "
+            "matches score higher and fewer are right; FAR and TAR are fair. A threshold in use: --threshold."
+        )
+    return said
 
 
 def _checks(report: Mapping[str, Any]) -> list[RenderableType]:
     table = _table("required for a GO", "measured", "95 % bound", "required", "n", "")
     for check in report["checks"]:
         found, mark = check["found"], "[green]met[/]" if check["met"] else "[red]not met[/]"
-        values = f"{found['value']:.4f}", f"{check['bound']:.4f}"
+        values = number(found["value"]), number(check["bound"])
         table.add_row(Text(check["what"]), *values, check["required"], f"{found['n']:,}", mark)
     unmet, go = sum(not check["met"] for check in report["checks"]), report["verdict"] == "GO"
+    missing = "".join(f"\nmissing: {line}" for line in report["missing"])
     said = f"{unmet} of {len(report['checks'])} requirements not met" if unmet else "every requirement is met"
-    missing = "".join(f"\nnot shown: {line}" for line in report["missing"])
+    if missing and not unmet:
+        said = "what could be judged is met, but not all could be"
     return [
         table,
         Text(f"{report['verdict']}: {said}, at 95 % confidence each{missing}", "bold green" if go else "bold red"),
