@@ -26,7 +26,7 @@ from benchmark.audit.judging import Judge, Requirements
 from benchmark.audit.leaks import fitted_to, leaks
 from benchmark.audit.serving import labelled, threshold
 from benchmark.audit.timing import latency, rewriting
-from benchmark.audit.ways import all_ways, dual_name, serve
+from benchmark.audit.ways import INDEXED, OLD_INDEXED, all_ways, dual_name, serve
 from benchmark.errors import UserError
 from benchmark.neighbours import Similarity
 
@@ -136,7 +136,7 @@ def audit(
         "labelled": labelled(judge),
         "latency": latency(data, served),
         "writing again": rewriting(served, size),
-        "costs": {name: way.cost for name, way in ways.items()},
+        "costs": {name: way.cost for name, way in ways.items() if name not in (INDEXED, OLD_INDEXED)},
     }  # fmt: skip
     report["checks"], report["missing"] = judge.checks, judge.missing
     report["verdict"] = "GO" if not judge.missing and all(check.met for check in judge.checks) else "NO-GO"

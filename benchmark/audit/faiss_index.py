@@ -143,6 +143,8 @@ class Index:
                 said.append(f"nprobe={layer.nprobe} of {layer.nlist}")
             if hasattr(layer, "hnsw"):
                 said.append(f"efSearch={layer.hnsw.efSearch}")
+            if hasattr(layer, "nsg"):
+                said.append(f"search_L={layer.nsg.search_L}")
         return ", ".join(said) or "exhaustive"
 
     def search(self, queries: Array, k: int, own: NDArray[np.int64] | None = None) -> Rows:
@@ -168,7 +170,8 @@ class Index:
         The empty index is read from the file anew, and lists that lie on disk are replaced before anything is emptied.
         """
         faiss = _faiss()
-        outer = faiss.downcast_index(self._read(faiss.IO_FLAG_MMAP))
+        again = self._read(faiss.IO_FLAG_MMAP)  # owns what the next lines look into
+        outer = faiss.downcast_index(again)
         empty = self._layers(faiss.downcast_index(outer.index) if self.id_map is not None else outer)
         for layer in empty:
             if hasattr(layer, "invlists"):

@@ -77,11 +77,11 @@ class Judge:
     def least(self, what: str, found: Estimate, least: float, strictly: bool = False) -> None:
         met = found.lower > least if strictly else found.lower >= least
         self.checks.append(
-            Check(what, found, found.lower, f"{'above' if strictly else 'at least'} {least:g}", bool(met))
+            Check(what, found, found.lower, f"{'above' if strictly else 'at least'} {least:.3g}", bool(met))
         )
 
     def most(self, what: str, found: Estimate, most: float) -> None:
-        self.checks.append(Check(what, found, found.upper, f"at most {most:g}", bool(found.upper <= most)))
+        self.checks.append(Check(what, found, found.upper, f"at most {most:.3g}", bool(found.upper <= most)))
 
     def overlaps(self) -> dict[str, Any]:
         """Way -> k -> overlap@k with the full backfill; and what of it the adapter and the index lose."""

@@ -71,8 +71,9 @@ def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
     ks = list(next(iter(overlaps.values()))) if overlaps else []
     judged = _table("way to serve, %", *(f"overlap@{k}" for k in ks), "accepted")
     costs = _table("to get there", "embed again", "write", "hours", "encoders a query")
-    for name, cost in report["costs"].items():
+    for name in overlaps or threshold["accepted"]:
         _row(judged, name, *(overlaps.get(name, {}).get(k) for k in ks), threshold["accepted"].get(name))
+    for name, cost in report["costs"].items():
         hours = "?" if cost["seconds"] is None else f"{cost['seconds'] / 3600:.2g}"
         count = f"{cost['vectors embedded again']:,}", f"{cost['vectors written']:,}"
         costs.add_row(name, *count, hours, str(cost["encoders a query"]))
@@ -80,7 +81,7 @@ def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
         "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches in "
         f"all of the gallery that {reach} the {threshold['of']} {threshold['score']:.4f}, the threshold frozen at: "
         f"{threshold['frozen at']}."
-        + " –: known on the sample only, or through the index in all of the gallery only." * bool(_sampled(report)),
+        + " –: known on the sample only." * _sampled(report),
         "hours: to embed again and write, without building an index; ? needs --encoder-rate.",
     )
     return [judged, _lines(said[0]), costs, _lines(said[1])]
@@ -124,7 +125,7 @@ def _slices(report: Mapping[str, Any]) -> list[RenderableType]:
     rows, small = report["slices"]["judged"], report["slices"]["too small"]
     said = []
     if small:
-        named = ", ".join(f"{row['column']} = {row['value'][:40]} ({row['n']})" for row in small[:SLICES])
+        named = ", ".join(f"{row['column']} = {str(row['value'])[:40]} ({row['n']})" for row in small[:SLICES])
         more = f" and {len(small) - SLICES} more" if len(small) > SLICES else ""
         said.append(f"Slices of too few queries to be judged: {named}{more}.")
     if not rows:
@@ -144,6 +145,7 @@ def _latency(report: Mapping[str, Any]) -> str:
     return (
         f"Latency without embedding, p50 / p99 of {latency['queries']} single queries, {latency['search']} search of "
         f"{latency['vectors searched']:,} vectors: {'; '.join(times)}."
+        + " Old model: an index of its own vectors is not given." * (len(times) == 1)
     )
 
 
