@@ -23,9 +23,7 @@ FILES = "embeddings are .npy, .safetensors ('embeddings', 'ids') or .parquet (ve
 def adapt_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, help=f"the pairs by the old model; {FILES}")
     parser.add_argument("--new", type=Path, help="the same items by the new model; by id, else row by row")
-    parser.add_argument(
-        "--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)"
-    )
+    parser.add_argument("--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)")
     _side_arguments(parser)
     parser.add_argument("--pairs", type=int, help="fit to so many pairs, drawn at random (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
@@ -64,7 +62,10 @@ def audit_arguments(parser: ArgumentParser) -> None:
         help="columns of the query files, numbers by quarters; all must be judged for a GO (default: those of 2 to 50 values)",
     )
     parser.add_argument(
-        "--threshold", type=float, metavar="SCORE", help="in use: a cosine, with l2 a squared distance; or look for one:"
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="in use: a cosine, with l2 a squared distance; or look for one:",
     )
     parser.add_argument("--accept", type=float, help="where this share of old best matches pass (default: 0.9)")
     parser.add_argument("--far", type=float, help="with labels: at this FAR of the old system (default: 0.001)")

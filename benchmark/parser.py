@@ -25,7 +25,9 @@ def one_line(message: str) -> str:
     text = " ".join(message.split())
     if found := re.match(r"the following arguments are required: (.*)", text):
         return f"missing: {', '.join(map(_option, found[1].split(', ')))}; see --help"
-    if found := re.match(r'Parser key "([^"]*)"(?: element \d+)?: Expected a <class \'(\w+)\'>\. Got value: (.*)', text):
+    if found := re.match(
+        r'Parser key "([^"]*)"(?: element \d+)?: Expected a <class \'(\w+)\'>\. Got value: (.*)', text
+    ):
         return f"{_option(found[1])} takes {WORDS.get(found[2], found[2])}, not '{found[3]}'"
     return re.sub(r'(?:Parser )?key "([^"]*)"', lambda key: _option(key[1]), text, flags=re.IGNORECASE)
 

@@ -71,18 +71,24 @@ def parquet(path: Path, array: np.ndarray, ids: Any = None, **columns: Any) -> P
     return path
 
 
+def write_files(folder: Path) -> dict[str, Path]:
+    return npy(folder, qo=Q_OLD, qn=Q_NEW, go=G_OLD, gn=G_NEW, po=P_OLD, pn=P_NEW, ql=Q_LABELS, gl=G_LABELS)
+
+
+def write_adapter(files: dict[str, Path], folder: Path, side: Any = "query") -> Path:
+    (best,) = fit(files["po"], files["pn"], ["Ridge"], side=side).ranked
+    adapters.save(folder / f"{side}.safetensors", best.adapter, best.notes)
+    return folder / f"{side}.safetensors"
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    return npy(
-        tmp_path, qo=Q_OLD, qn=Q_NEW, go=G_OLD, gn=G_NEW, po=P_OLD, pn=P_NEW, ql=Q_LABELS, gl=G_LABELS,
-    )  # fmt: skip
+    return write_files(tmp_path)
 
 
 @pytest.fixture
 def adapter(files: dict[str, Path], tmp_path: Path) -> Path:
-    (best,) = fit(files["po"], files["pn"], ["Ridge"]).ranked
-    adapters.save(tmp_path / "adapter.safetensors", best.adapter, best.notes)
-    return tmp_path / "adapter.safetensors"
+    return write_adapter(files, tmp_path)
 
 
 def mapped(adapter: Path, x: np.ndarray) -> np.ndarray:
@@ -266,7 +272,9 @@ def test_labels_add_recall_flips_far_and_tar(files: dict[str, Path], adapter: Pa
         assert flips[name]["value"] == pytest.approx((hit["old model only"] & ~hit[name]).mean())
     assert flips["adapter"]["value"] > 0 and flips["adapter"]["bounds"] == "exact"
     named = {check["what"] for check in report["checks"]}
-    assert {"negative flips", "FAR at the frozen threshold", "recall@1: adapter less old model"} <= named
+    assert {
+        "negative flips, both exact", "FAR at the frozen threshold", "recall@1: adapter less old model, both exact"
+    } <= named  # fmt: skip
 
 
 def test_what_a_query_is_itself_it_does_not_find(tmp_path: Path, adapter: Path) -> None:
@@ -306,85 +314,6 @@ def test_pairs_to_fit_on_that_are_judged_too_are_mentioned(tmp_path: Path) -> No
     assert not any("queries are among the pairs" in note for note in notes)
 
 
-# --------------------------------------------------------------------------------------------------------- the index
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4", "HNSW8"])
-def test_the_loss_is_split_into_adapter_and_index(
-    factory: str, files: dict[str, Path], adapter: Path, tmp_path: Path
-) -> None:
-    path = index_of(tmp_path / "i.faiss", factory, G_OLD)
-    report = audit(*four(files), adapter=adapter, index=path)
-    index, full = faiss.read_index(str(path)), nearest(Q_NEW, G_NEW, 10)
-    q_adapted, q_old = (unit(x).astype(np.float32) for x in (mapped(adapter, Q_NEW), Q_OLD))
-    exact = nearest(q_adapted, G_OLD, 10)
-    got = index.search(q_adapted, 10)[1].tolist()
-    ways, loss = report["overlap"]["ways"], report["overlap"]["loss"]
-    assert ways["adapter and index"]["10"]["value"] == pytest.approx(shared(got, full, 10).mean(), abs=2e-3)
-    assert loss["index"]["10"]["value"] == pytest.approx(
-        shared(exact, full, 10).mean() - shared(got, full, 10).mean(), abs=3e-3
-    )
-    recall = report["index"]["recall"]
-    assert recall["adapted queries"]["10"]["value"] == pytest.approx(shared(got, exact, 10).mean(), abs=2e-3)
-    old = shared(index.search(q_old, 10)[1].tolist(), nearest(Q_OLD, G_OLD, 10), 10).mean()
-    assert recall["old queries"]["10"]["value"] == pytest.approx(old, abs=2e-3)
-    if factory == "Flat":
-        assert loss["index"]["10"]["value"] == 0 and recall["old queries"]["100"]["value"] == 1
-    if "IVF" in factory:
-        assert loss["index"]["10"]["value"] > 0.02  # one of eight lists is searched
-        wide = audit(*four(files), adapter=adapter, index=path, settings="nprobe=8")["index"]
-        assert wide["settings"] == "nprobe=8 of 8" and report["index"]["settings"] == "nprobe=1 of 8"
-        assert wide["recall"]["old queries"]["10"]["value"] > recall["old queries"]["10"]["value"]
-    assert report["index"]["seconds to add all vectors again"] > 0
-    assert report["latency"]["adapter and search, ms"]["p99"] >= report["latency"]["adapter and search, ms"]["p50"] > 0
-
-
-def test_an_index_may_know_the_gallery_by_its_ids(files: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
-    ids = np.random.default_rng(8).permutation(10**6)[:NG]
-    gallery, again = (parquet(tmp_path / f"{n}.parquet", x, ids) for n, x in (("go", G_OLD), ("gn", G_NEW)))
-    for factory in ("IDMap,Flat", "IDMap2,HNSW32", "IVF8,Flat"):
-        path = index_of(tmp_path / "i.faiss", factory, G_OLD, ids, **({"nprobe": 8} if "IVF" in factory else {}))
-        report = audit(files["qo"], files["qn"], gallery, again, adapter=adapter, index=path)
-        assert report["index"]["recall"]["adapted queries"]["10"]["value"] > 0.97, factory
-
-
-def test_on_the_gallery_side_the_index_is_over_what_was_adapted(files: dict[str, Path], tmp_path: Path) -> None:
-    (best,) = fit(files["po"], files["pn"], ["Ridge"], side="gallery").ranked
-    adapters.save(tmp_path / "g.safetensors", best.adapter, best.notes)
-    moved = mapped(tmp_path / "g.safetensors", G_OLD)
-    index = index_of(tmp_path / "i.faiss", "IVF8,Flat", moved, nprobe=2)
-    report = audit(*four(files), adapter=tmp_path / "g.safetensors", index=index)
-    full, exact = nearest(Q_NEW, G_NEW, 10), nearest(Q_NEW, moved, 10)
-    got = faiss.read_index(str(index)).search(unit(Q_NEW).astype(np.float32), 10)[1].tolist()
-    ways = report["overlap"]["ways"]
-    assert ways["adapter"]["10"]["value"] == pytest.approx(shared(exact, full, 10).mean(), abs=2e-3)
-    assert ways["adapter and index"]["10"]["value"] == pytest.approx(shared(got, full, 10).mean(), abs=2e-3)
-    assert set(report["index"]["recall"]) == {"adapted queries"} and "adapter and search, ms" not in report["latency"]
-    assert report["costs"]["adapter"]["vectors written"] == NG and report["costs"]["adapter"]["seconds"] > 0
-    with pytest.raises(
-        UserError, match=r"8 dims, the vectors to be searched have 12; .* on the gallery side over the adapted"
-    ):
-        audit(*four(files), adapter=tmp_path / "g.safetensors", index=index_of(tmp_path / "o.faiss", "Flat", G_OLD))
-
-
-def test_an_index_over_more_than_the_sample_bounds_the_loss_of_both(
-    files: dict[str, Path], adapter: Path, tmp_path: Path
-) -> None:
-    ids, some = np.arange(NG), np.random.default_rng(9).permutation(NG)[:200]
-    gallery = parquet(tmp_path / "go.parquet", G_OLD, ids)
-    sample = parquet(tmp_path / "gn.parquet", G_NEW[some], ids[some])
-    path = index_of(tmp_path / "i.faiss", "IVF8,Flat", G_OLD, nprobe=2)
-    report = audit(files["qo"], files["qn"], gallery, sample, adapter=adapter, index=path)
-    recall = report["index"]["recall"]["adapted queries"]["10"]["value"]
-    seen = report["overlap"]["ways"]["adapter"]["10"]["value"]
-    rows = np.sort(some)
-    expected = shared(nearest(mapped(adapter, Q_NEW), G_OLD[rows], 10), nearest(Q_NEW, G_NEW[rows], 10), 10).mean()
-    assert seen == pytest.approx(expected, abs=2e-3) and "adapter and index" not in report["costs"]
-    chain = next(c for c in report["checks"] if c["what"].endswith("through the index (at least)"))
-    assert chain["found"]["value"] == pytest.approx(seen + recall - 1)
-    assert report["sizes"]["judged sample"] == 200
-
-
 # -------------------------------------------------------------------------------------------------------- the sample
 
 
@@ -421,7 +350,7 @@ def test_the_bias_of_the_sample_is_seen_from_the_sample(
     assert truth - 0.1 < bias["in service"]["value"] < truth + 0.01 and abs(seen - truth) > abs(
         bias["in service"]["value"] - truth
     )
-    assert bias["the sample is"].split(",")[0] == ("pessimistic" if twins else "optimistic")
+    assert bias["the sample is"] == ("pessimistic" if twins else "optimistic")
 
 
 def test_a_tiny_sample_is_extrapolated_downwards_only(files: dict[str, Path], adapter: Path) -> None:
@@ -496,10 +425,13 @@ def test_the_worst_slice_is_found_and_its_bound_is_of_all_slices(
     old = parquet(tmp_path / "qo.parquet", Q_OLD, shop=shop, many=np.arange(NQ), one=["x"] * NQ, kind=Q_LABELS % 3)
     new = npy(tmp_path, qn=spoiled)["qn"]
     report = audit(old, new, files["go"], files["gn"], adapter=adapter)
-    rows = report["slices"]
+    rows = report["slices"]["judged"]
+    assert report["slices"]["too small"] == [{"column": "shop", "value": "rare", "n": 5}]
     assert (rows[0]["column"], rows[0]["value"]) == ("shop", "bad")
     assert {row["column"] for row in rows} <= {"shop", "kind"} and not any(row["value"] == "rare" for row in rows)
-    (alone,) = (r for r in audit(old, new, files["go"], files["gn"], adapter=adapter, slices=["shop"])["slices"][:1])
+    (alone,) = (
+        r for r in audit(old, new, files["go"], files["gn"], adapter=adapter, slices=["shop"])["slices"]["judged"][:1]
+    )
     assert alone["overlap"]["lower"] > rows[0]["overlap"]["lower"]  # fewer slices, less to allow for
     assert any("least: shop = bad" in check["what"] and not check["met"] for check in report["checks"])
     with pytest.raises(UserError, match="unknown column of the query files 'shoop'; did you mean: shop"):
@@ -532,115 +464,3 @@ def test_the_command_prints_writes_and_draws(files: dict[str, Path], adapter: Pa
     ):
         assert said in shown, said
     assert report["costs"]["full re-embedding"]["seconds"] == pytest.approx(4)
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
-
-
-def changed(array: np.ndarray, row: int, value: float) -> np.ndarray:
-    array = array.copy()
-    array[row] = value
-    return array
-
-
-def case(**change: Any):
-    """Arguments of `audit` with some files or options changed."""
-
-    def arguments(files: dict[str, Path], adapter: Path, folder: Path) -> tuple[list[Path], dict[str, Any]]:
-        paths, options = dict(files), {"adapter": adapter}
-        for name, value in change.items():
-            made = value(folder) if callable(value) else value
-            if name in paths and not name.endswith("l"):
-                paths[name] = (
-                    npy(folder, **{f"changed_{name}": made})[f"changed_{name}"]
-                    if isinstance(made, np.ndarray)
-                    else made
-                )
-            else:
-                options[name] = made
-        return four(paths), {k: v for k, v in options.items() if v is not None}
-
-    return arguments
-
-
-def faiss_file(factory: str, vectors: np.ndarray, normalised: bool = True):
-    def make(folder: Path) -> Path:
-        if normalised:
-            return index_of(folder / "i.faiss", factory, vectors)
-        index = faiss.index_factory(vectors.shape[1], factory)
-        index.train(vectors)
-        index.add(vectors)
-        faiss.write_index(index, str(folder / "i.faiss"))
-        return folder / "i.faiss"
-
-    return make
-
-
-def binary(folder: Path) -> Path:
-    index = faiss.IndexBinaryFlat(64)
-    index.add(np.zeros((NG, 8), np.uint8))
-    faiss.write_index_binary(index, str(folder / "b.faiss"))
-    return folder / "b.faiss"
-
-
-def inner_products(folder: Path) -> Path:
-    index = faiss.IndexFlatIP(OLD)
-    index.add(G_OLD)
-    faiss.write_index(index, str(folder / "p.faiss"))
-    return folder / "p.faiss"
-
-
-def labels(folder: Path, array: np.ndarray) -> str:
-    return str(npy(folder, labels=array)["labels"])
-
-
-BAD = {
-    "queries of the wrong model": (case(qn=Q_OLD), "has 8 dims; the adapter (query side) knows 12 for the new model"),
-    "gallery of the wrong model": (case(go=G_NEW), "has 12 dims; the adapter (query side) knows 8 for the old model"),
-    "unpaired queries": (case(qn=Q_NEW[:50]), "has 150 rows and"),
-    "a sample without ids": (case(gn=G_NEW[:50]), "without ids in both nobody knows"),
-    "a tiny gallery": (case(go=G_OLD[:10], gn=G_NEW[:10]), "10 gallery items are too few to judge by"),
-    "a zero vector": (case(go=changed(G_OLD, 5, 0)), "changed_go.npy: row 5 is a zero vector"),
-    "a NaN": (case(qo=changed(Q_OLD, 5, np.nan)), "changed_qo.npy: row 5 holds NaN"),
-    "neither adapter nor pairs": (case(adapter=None), "give either a fitted --adapter, or --pairs-old and --pairs-new"),
-    "labels of one side": (case(query_labels="ql.npy"), "give both --query-labels and --gallery-labels"),
-    "labels too few": (
-        case(query_labels=lambda d: labels(d, Q_LABELS[:5]), gallery_labels=lambda d: labels(d, G_LABELS)),
-        "150 integers or texts are needed"),
-    "labels that never meet": (
-        case(query_labels=lambda d: str(npy(d, a=Q_LABELS + 99)["a"]), gallery_labels=lambda d: labels(d, G_LABELS)),
-        "no query has a gallery item of its label"),
-    "text and integers": (
-        case(query_labels=lambda d: str(npy(d, a=Q_LABELS.astype(str))["a"]), gallery_labels=lambda d: labels(d, G_LABELS)),
-        "text on one side and integers on the other"),
-    "no such labels": (case(query_labels="label", gallery_labels="label"), "unknown file (.npy, .safetensors) or column"),
-    "a smaller service": (case(gallery_size=10), "--gallery-size 10 is less than the 400 rows"),
-    "no share": (case(accept=1.5), "are shares between 0 and 1"),
-    "no index": (case(index=Path("none.faiss")), "none.faiss: there is no such file"),
-    "no index inside": (case(index=lambda d: Path(labels(d, Q_LABELS))), "is no faiss index of float vectors"),
-    "a binary index": (case(index=binary), "b.faiss: is no faiss index of float vectors"),
-    "an index of other dims": (case(index=faiss_file("Flat", G_NEW)), "the index has 12 dims, the vectors to be searched have 8"),
-    "an index of fewer": (case(index=faiss_file("Flat", G_OLD[:99])), "the index holds 99 vectors, the gallery 400; rebuild it"),
-    "an index in another order": (case(index=faiss_file("Flat", G_OLD[::-1])), "holds other vectors than the gallery (row"),
-    "an index of raw vectors": (
-        case(index=faiss_file("Flat", G_OLD, False)),
-        "not put to unit length, so it does not search by cosine"),
-    "an index that gives nothing back": (case(index=faiss_file("LSH", G_OLD)), "LSH cannot give back its vectors"),
-    "an index of inner products": (
-        case(adapter=None, pairs=lambda d: (d / "po.npy", d / "pn.npy"), similarity="l2", index=inner_products),
-        "searches by inner product, not by L2"),
-    "a setting of another index": (
-        case(index=faiss_file("Flat", G_OLD), settings="nprobe=3"),
-        "--search 'nprobe=3' is no setting of Flat"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_judged_ends_with_one_line(
-    name: str, files: dict[str, Path], adapter: Path, tmp_path: Path
-) -> None:
-    make, words = BAD[name]
-    paths, options = make(files, adapter, tmp_path)
-    with pytest.raises(UserError) as error:
-        audit(*paths, **options)
-    assert words in str(error.value) and "\n" not in str(error.value)

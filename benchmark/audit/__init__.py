@@ -102,7 +102,9 @@ def audit(
         raise UserError("--search is a setting of the index; give --index too")
     mapping, fitted = _mapping(adapter, pairs, methods, side, similarity, seed)
     if score is not None and not (-1 <= score <= 1 if mapping.similarity == "cosine" else 0 <= score < float("inf")):
-        raise UserError(f"--threshold {score:g} is no {'cosine' if mapping.similarity == 'cosine' else 'squared distance'}")
+        raise UserError(
+            f"--threshold {score:g} is no {'cosine' if mapping.similarity == 'cosine' else 'squared distance'}"
+        )
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
     files = (queries_old, queries_new, gallery_old, *([gallery_new] if gallery_new else []))
     data.notes += fitted + (leaks(pairs[0], data) if pairs else []) + (fitted_to(adapter, files) if adapter else [])

@@ -111,7 +111,9 @@ def read(
         if sample is not None and len(sample) == len(stored):
             sample = None  # all, in the order of the old file
     old_queries, whole = taken(old, old_rows), taken(stored, None)
-    own, said = _own(old.ids if old.ids is None or old_rows is None else old.ids[old_rows], stored.ids, old_queries, whole)
+    own, said = _own(
+        old.ids if old.ids is None or old_rows is None else old.ids[old_rows], stored.ids, old_queries, whole
+    )
     if (query_labels is None) != (gallery_labels is None):
         raise UserError("give both --query-labels and --gallery-labels, or neither")
     labels = None
@@ -123,7 +125,9 @@ def read(
         if not right.any():
             raise UserError("no query has a gallery item of its label other than itself: recall and TAR need one")
         if (right == len(stored) - (own >= 0)).all():
-            raise UserError("all queries and gallery items have the same label: nothing can be found or accepted wrongly")
+            raise UserError(
+                "all queries and gallery items have the same label: nothing can be found or accepted wrongly"
+            )
     sliced = slices_of(((old, old_rows), (new, new_rows)), slices, query_labels)
     return Data(
         notes + said, old_queries, taken(new, new_rows), whole, stored, old, old_rows, sample, gallery, own, sliced,

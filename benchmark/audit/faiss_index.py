@@ -20,7 +20,11 @@ PLAIN = {
     "Flat", "FlatIP", "FlatL2", "ScalarQuantizer", "PQ", "IVFFlat", "IVFPQ", "IVFScalarQuantizer", "HNSWFlat", "HNSWPQ",
     "HNSWSQ", "NSGFlat",
 }  # fmt: skip
-AROUND = {"RefineFlat": "base_index", "Refine": "base_index", "PreTransform": "index"}  # around an index, at an attribute
+AROUND = {
+    "RefineFlat": "base_index",
+    "Refine": "base_index",
+    "PreTransform": "index",
+}  # around an index, at an attribute
 PROBES = 64  # vectors read back in the check
 AGAIN = 20_000  # vectors added again to time a rebuild
 
@@ -75,7 +79,9 @@ class Index:
                 f"{path}: the index holds {self.index.ntotal} vectors, the gallery {len(vectors)}; rebuild it"
             )
         if self.index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
-            raise UserError(f"{path}: the index searches neither by inner product nor by L2; rebuild it with one of these")
+            raise UserError(
+                f"{path}: the index searches neither by inner product nor by L2; rebuild it with one of these"
+            )
         if similarity == "l2" and self.index.metric_type != faiss.METRIC_L2:
             raise UserError(
                 f"{path}: the index searches by inner product, not by L2; rebuild it or take --similarity cosine"

@@ -80,8 +80,7 @@ def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
     said = (
         "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches in "
         f"all of the gallery that {reach} the {threshold['of']} {threshold['score']:.4f}, the threshold frozen at: "
-        f"{threshold['frozen at']}."
-        + " –: known on the sample only." * _sampled(report),
+        f"{threshold['frozen at']}." + " –: known on the sample only." * _sampled(report),
         "hours: to embed again and write, without building an index; ? needs --encoder-rate.",
     )
     return [judged, _lines(said[0]), costs, _lines(said[1])]
@@ -145,7 +144,8 @@ def _latency(report: Mapping[str, Any]) -> str:
     return (
         f"Latency without embedding, p50 / p99 of {latency['queries']} single queries, {latency['search']} search of "
         f"{latency['vectors searched']:,} vectors: {'; '.join(times)}."
-        + " Old model: an index of its own vectors is not given." * (len(times) == 1)
+        + " Old model: an index of its own vectors is not given."
+        * (len(times) == 1)
     )
 
 

@@ -86,7 +86,9 @@ def labelled(judge: Judge) -> dict[str, Any] | None:
             hits[name, k] = right.any(1).astype(float)
     found = bounds.estimates(hits, seed=seed)
     through = OLD_INDEXED in ways
-    base = {name: OLD_INDEXED if through and name == INDEXED else OLD for name in ways if name not in (OLD, OLD_INDEXED)}
+    base = {
+        name: OLD_INDEXED if through and name == INDEXED else OLD for name in ways if name not in (OLD, OLD_INDEXED)
+    }
     lost = {name: hits[before, 1] * (1 - hits[name, 1]) for name, before in base.items()}
     flips = bounds.estimates(lost, seed=seed)
     new, how = (INDEXED, "both through the index") if through else (ADAPTER, "both exact")
