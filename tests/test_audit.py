@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -13,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from benchmark import adapters, bounds
 from benchmark.__main__ import main
 from benchmark.adapt import fit
 from benchmark.audit import Requirements, audit
 from benchmark.audit.acceptance import Labels, Side, pairs_at, threshold_by_far, threshold_by_share
+from benchmark.audit.report import number, render, significant
 from benchmark.errors import UserError
 from benchmark.evaluate import evaluate
 from benchmark.neighbours import fuse, overlap, search
@@ -244,6 +248,8 @@ def test_every_way_has_the_overlap_that_a_plain_sort_gives(files: dict[str, Path
     )
     new_top = (unit(mapped(adapter, Q_NEW)) @ unit(G_OLD).T).max(1)
     assert threshold["accepted"]["adapter"]["value"] == pytest.approx((new_top >= threshold["score"]).mean(), abs=0.01)
+    assert set(report["latency"]["ms"]) == {"adapter", "old model only", "two indexes"}
+    assert report["writing again"]["to a file, seconds"] > 0 and report["index"] is None
     assert report["sizes"] == {"queries": NQ, "gallery": NG, "judged sample": NG, "gallery in service": NG}
 
 
@@ -275,6 +281,60 @@ def test_labels_add_recall_flips_far_and_tar(files: dict[str, Path], adapter: Pa
     assert {
         "negative flips, both exact", "FAR at the frozen threshold", "recall@1: adapter less old model, both exact"
     } <= named  # fmt: skip
+
+
+@pytest.fixture
+def sampled(files: dict[str, Path], tmp_path: Path) -> list[Path]:
+    """As `four`, the new gallery a random 100 of the 400."""
+    some = np.sort(np.random.default_rng(9).permutation(NG)[:100])
+    gallery = parquet(tmp_path / "go.parquet", G_OLD, np.arange(NG))
+    return [files["qo"], files["qn"], gallery, parquet(tmp_path / "gn.parquet", G_NEW[some], some)]
+
+
+def test_the_threshold_is_frozen_and_met_on_the_whole_gallery(
+    files: dict[str, Path], sampled: list[Path], adapter: Path
+) -> None:
+    part, whole = audit(*sampled, adapter=adapter), audit(*four(files), adapter=adapter)
+    old, new = (unit(q) @ unit(G_OLD).T for q in (Q_OLD, mapped(adapter, Q_NEW)))
+    score = np.sort(old.max(1))[NQ - math.ceil(0.9 * NQ)]
+    for report in (part, whole):
+        assert report["threshold"]["score"] == pytest.approx(score, abs=1e-6)
+        accepted = report["threshold"]["accepted"]
+        assert accepted["old model only"]["value"] == pytest.approx(0.9)
+        assert accepted["adapter"]["value"] == pytest.approx((new.max(1) >= score).mean(), abs=0.01)
+    assert set(part["threshold"]["accepted"]) == {"adapter", "old model only"}  # of the sample it would be too few
+    assert "full re-embedding" in whole["threshold"]["accepted"]
+    given = audit(*sampled, adapter=adapter, score=0.95)["threshold"]
+    assert given["score"] == 0.95 and given["frozen at"] == "the score given"
+    assert given["accepted"]["old model only"]["value"] == pytest.approx((old.max(1) >= 0.95).mean())
+
+
+def test_labels_are_counted_on_the_whole_gallery(files: dict[str, Path], sampled: list[Path], adapter: Path) -> None:
+    options: dict[str, Any] = {"adapter": adapter, "query_labels": str(files["ql"]), "gallery_labels": str(files["gl"])}
+    part, whole = audit(*sampled, far=0.01, **options), audit(*four(files), far=0.01, **options)
+    for name in ("adapter", "old model only"):
+        assert part["labelled"]["recall"][name] == whole["labelled"]["recall"][name]
+        for rate in ("far", "tar"):
+            assert part["threshold"][rate][name] == whole["threshold"][rate][name]
+    assert set(part["labelled"]["recall"]) == {"adapter", "old model only"}
+    full = [report["threshold"]["far"]["full re-embedding"]["value"] for report in (part, whole)]
+    assert full[0] != full[1] and full[0] == pytest.approx(full[1], rel=0.5)  # of pairs a sample is fair
+    given = audit(*four(files), score=0.9, **options)  # held against what the old system lets in at this score
+    same, accepted = Q_LABELS[:, None] == G_LABELS, unit(Q_OLD) @ unit(G_OLD).T >= 0.9
+    before = accepted[~same].mean()
+    (check,) = (check for check in given["checks"] if check["what"].startswith("FAR"))
+    assert check["required"] == f"at most {2 * before:.3g}" and 0.001 < before < 0.2
+
+
+def test_a_threshold_of_squared_distances_is_taken_and_shown_as_such(files: dict[str, Path]) -> None:
+    distance = ((Q_OLD[:, None].astype(np.float64) - G_OLD) ** 2).sum(2).min(1)
+    at = float(np.median(distance)) + 1e-3
+    options: dict[str, Any] = {"pairs": (files["po"], files["pn"]), "similarity": "l2"}
+    given = audit(*four(files), score=at, **options)["threshold"]
+    assert given["score"] == at and given["of"] == "squared distance"
+    assert given["accepted"]["old model only"]["value"] == pytest.approx((distance <= at).mean())
+    frozen = audit(*four(files), **options)["threshold"]["score"]
+    assert frozen == pytest.approx(np.sort(distance)[math.ceil(0.9 * NQ) - 1], rel=1e-4)
 
 
 def test_what_a_query_is_itself_it_does_not_find(tmp_path: Path, adapter: Path) -> None:
@@ -314,6 +374,36 @@ def test_pairs_to_fit_on_that_are_judged_too_are_mentioned(tmp_path: Path) -> No
     assert not any("queries are among the pairs" in note for note in notes)
 
 
+def test_pairs_without_ids_are_known_by_their_vectors(files: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    mixed = npy(tmp_path, mo=np.concatenate([P_OLD, Q_OLD[:7]]), mn=np.concatenate([P_NEW, Q_NEW[:7]]))
+    notes = audit(*four(files), pairs=(mixed["mo"], mixed["mn"]))["notes"]
+    assert [note for note in notes if "among the pairs" in note] == [
+        "7 queries are among the pairs that the adapter was fitted on (same id or same vector): that flatters it"
+    ]
+    clean = audit(*four(files), pairs=(files["po"], files["pn"]))["notes"]
+    assert not any("among the pairs" in note for note in clean)
+
+
+def test_of_a_fitted_adapter_it_is_said_whether_its_pairs_are_known(
+    files: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    kind, notes = adapters.load(adapter)
+
+    def said(**more: str) -> str:
+        known = {k: v for k, v in notes.items() if k not in ("old file", "new file")}
+        adapters.save(tmp_path / "a.safetensors", kind, known | {k.replace("_", " "): v for k, v in more.items()})
+        (note,) = (n for n in audit(*four(files), adapter=tmp_path / "a.safetensors")["notes"] if "flatters" in n)
+        return note
+
+    def content(path: Path) -> str:
+        return f"{path.stat().st_size} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    assert "a.safetensors does not say which items it was fitted to" in said()
+    assert "was fitted to other files" in said(old_file=content(files["po"]))
+    leak = said(old_file=content(files["go"]), new_file=content(files["gn"]))
+    assert leak.startswith(f"a.safetensors was fitted to {files['go']} and {files['gn']}, which it is judged on")
+
+
 # -------------------------------------------------------------------------------------------------------- the sample
 
 
@@ -351,6 +441,16 @@ def test_the_bias_of_the_sample_is_seen_from_the_sample(
         bias["in service"]["value"] - truth
     )
     assert bias["the sample is"] == ("pessimistic" if twins else "optimistic")
+
+
+@pytest.mark.parametrize("parts", [10, 10**4, 10**9])
+def test_no_estimate_of_a_share_leaves_its_range(parts: int, files: dict[str, Path], adapter: Path) -> None:
+    bias = audit(*four(files), adapter=adapter, gallery_size=NG * parts)["sample bias"]
+    found, high = bias["in service"], bias["too high by"]
+    assert 0 <= found["lower"] <= found["value"] <= found["upper"] <= 1
+    assert -1 <= high["lower"] <= high["value"] <= high["upper"] <= 1
+    if parts == 10**9:
+        assert found["value"] == 0  # the line through depths 1 and 4 has long passed zero
 
 
 def test_a_tiny_sample_is_extrapolated_downwards_only(files: dict[str, Path], adapter: Path) -> None:
@@ -415,6 +515,19 @@ def test_without_the_new_gallery_nothing_is_a_go(files: dict[str, Path], adapter
     report = audit(*four(files)[:3], adapter=adapter, require=Requirements(overlap=0, slice=0, margin=1))
     assert report["verdict"] == "NO-GO" and "give --gallery-new" in report["missing"][0]
     assert report["threshold"]["accepted"]["adapter"]["n"] == NQ and report["overlap"] == {}
+    assert report["sizes"]["judged sample"] == 0
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(report))
+    shown = console.export_text()
+    assert "NO-GO: what could be judged is met, but not all could be" in shown and "every requirement" not in shown
+    assert "missing: overlap with the full backfill is unknown: give --gallery-new" in shown
+    assert "The full backfill is unknown: --gallery-new is not given." in shown and "Bias" not in shown
+
+
+def test_tiny_shares_are_shown_with_digits_that_count() -> None:
+    tiny = {"value": 0.0000123, "lower": 0.0000031, "upper": 0.00002, "bounds": "bootstrap"}
+    assert significant(tiny) == "0.0012 [0.00031, 0.002]" and significant(None) == "–"
+    assert [number(x) for x in (0.5, -0.02, 0.00001234, 0)] == ["0.5000", "-0.0200", "1.23e-05", "0.0000"]
 
 
 def test_the_worst_slice_is_found_and_its_bound_is_of_all_slices(

@@ -129,9 +129,6 @@ BAD = {
     "no share": (case(accept=1.5), "--accept 1.5 is no share"),
     "a share of nothing": (case(dual=(1e-12,)), "--dual 1e-12 is less than one of the 400 gallery items"),
     "one share twice": (case(dual=(0.5, 0.50001)), "two of these are the same share"),
-    "percent": (case(require=lambda d: Requirements(overlap=80)), "--require-overlap 80 is no share; give one from 0 to 1"),
-    "a slice of percent": (case(require=lambda d: Requirements(slice=-1)), "--require-slice -1 is no share"),
-    "a margin of NaN": (case(require=lambda d: Requirements(margin=np.nan)), "--margin nan is no share"),
     "no rate": (case(encoder_rate=0.0), "--encoder-rate 0 must be above 0"),
     "a rate of NaN": (case(encoder_rate=np.nan), "--encoder-rate nan must be above 0"),
     "no gallery in service": (case(gallery_size=0), "--gallery-size 0 is less than the 400 rows"),
@@ -142,7 +139,7 @@ BAD = {
     "a share of labelled": (
         case(accept=0.9, query_labels=lambda d: labels(d, Q_LABELS), gallery_labels=lambda d: labels(d, G_LABELS)),
         "--accept is for an audit without labels"),
-    "a side of a fitted adapter": (case(side="query"), "--side is for fitting to pairs; query.safetensors is fitted"),
+    "a side of a fitted adapter": (case(side="query"), "query.safetensors is fitted and says its own; leave it out"),
     "a method of a fitted adapter": (case(methods=["Ridge"]), "--method is for fitting to pairs"),
     "a setting of no index": (case(settings="nprobe=4"), "--search is a setting of the index; give --index too"),
     "labels all alike": (
@@ -182,6 +179,12 @@ def test_what_cannot_be_judged_ends_with_one_line(
     with pytest.raises(UserError) as error:
         audit(*paths, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"overlap": 80}, {"slice": -1}, {"margin": np.nan}])
+def test_a_requirement_is_a_share(change: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="is no share; give one from 0 to 1"):
+        Requirements(**change)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_a_label_file_belongs_to_the_old_queries_and_a_column_to_its_file(
         assert by_file["recall"] == by_column["recall"] and by_file["queries"] == len(kept)
         if len(kept) == NQ:
             assert by_file["recall"]["adapter"]["1"]["value"] == expected["adapter"]["1"]["value"]
-    with pytest.raises(UserError, match="150 integers or texts are needed, one for each row of .*qo.parquet"):
+    with pytest.raises(UserError, match=r"150 integers or texts are needed, one for each row of .*qo\.parquet"):
         wrong = str(npy(tmp_path, few=Q_LABELS[order[:100]])["few"])
         audit(old, new, files["go"], files["gn"], query_labels=wrong, **gallery)
 
