@@ -91,6 +91,8 @@ def command_audit(args: Namespace) -> None:
     console = get_console()
     if (args.pairs_old is None) != (args.pairs_new is None):
         raise UserError("give both --pairs-old and --pairs-new, or a fitted --adapter")
+    if args.png and not args.gallery_new:
+        raise UserError("--png draws overlaps with the full backfill: give --gallery-new")
     with console.status("loading torch"):
         from benchmark import plots
         from benchmark.audit import Requirements, audit
@@ -109,8 +111,6 @@ def command_audit(args: Namespace) -> None:
     if args.json:
         write_json(args.json, report)
     if args.png:
-        if not report["overlap"]:
-            raise UserError("--png draws overlaps with the full backfill: give --gallery-new")
         plots.save(picture(report), args.png)
 
 

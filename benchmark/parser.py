@@ -12,6 +12,9 @@ from jsonargparse import ArgumentParser
 from benchmark import __version__, doors
 from benchmark.errors import UserError
 
+WORDS = {"int": "an integer", "float": "a number"}  # for people
+POSITIONAL = ("protocol", "what")
+
 
 class Parser(ArgumentParser):
     """Mistakes in one line that names the option as it was typed."""
@@ -30,10 +33,6 @@ def one_line(message: str) -> str:
     ):
         return f"{_option(found[1])} takes {WORDS.get(found[2], found[2])}, not '{found[3]}'"
     return re.sub(r'(?:Parser )?key "([^"]*)"', lambda key: _option(key[1]), text, flags=re.IGNORECASE)
-
-
-WORDS = {"int": "an integer", "float": "a number"}
-POSITIONAL = ("protocol", "what")
 
 
 def _option(key: str) -> str:

@@ -41,7 +41,10 @@ def fitted_to(adapter: Path, judged: Sequence[Path]) -> list[str]:
     """
     notes = adapters.load(adapter)[1]
     known = {notes[name] for name in ("old file", "new file") if name in notes}
-    same = [file for file in judged if known and f"{file.stat().st_size} {sha256_file(file)}" in known]
+    sizes = {content.partition(" ")[0] for content in known}
+    same = [
+        file for file in judged if (size := str(file.stat().st_size)) in sizes and f"{size} {sha256_file(file)}" in known
+    ]  # fmt: skip
     if same:
         return [f"{adapter.name} was fitted to {' and '.join(map(str, same))}, which it is judged on: that flatters it"]
     if known:
