@@ -150,6 +150,8 @@ def test_the_index_and_its_lists_on_disk_stay_as_they_are(
     before = content()
     for path in (Path("lists.ivfdata"), Path("ondisk.faiss")):
         path.chmod(0o444)
+    opened = Index(Path("ondisk.faiss"), x, lambda rows: G_OLD[rows], None, "cosine", None)
+    assert faiss.downcast_InvertedLists(opened.layers[-1].invlists).read_only
     report = audit(*four(files), adapter=adapter, index=Path("ondisk.faiss"))
     assert report["index"]["recall"]["old queries"]["10"]["value"] == 1
     assert report["writing again"]["to the index, seconds"] > 0 and content() == before

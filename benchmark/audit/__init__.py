@@ -83,15 +83,7 @@ def audit(
     Raises:
         UserError: one line that names the file or argument.
     """
-    for name, share in (("accept", accept), ("far", far), *(("dual", share) for share in dual)):
-        if share is not None and not (0 < share < 1 or (share == 1 and name != "far")):
-            raise UserError(f"--{name} {share:g} is no share; give one between 0 and 1")
-    if len({dual_name(share) for share in dual}) < len(dual):
-        raise UserError(f"--dual {' '.join(f'{share:g}' for share in dual)}: two of these are the same share")
-    if encoder_rate is not None and not 0 < encoder_rate < float("inf"):
-        raise UserError(f"--encoder-rate {encoder_rate:g} must be above 0: items a second")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must be at least 0")
+    _check_numbers(accept, far, dual, encoder_rate, seed)
     if score is not None and (accept is not None or far is not None):
         raise UserError("--threshold is the score in use; leave out --accept and --far, which look for one")
     if far is not None and query_labels is None:
@@ -101,10 +93,9 @@ def audit(
     if settings and not index:
         raise UserError("--search is a setting of the index; give --index too")
     mapping, fitted = _mapping(adapter, pairs, methods, side, similarity, seed)
-    if score is not None and not (-1 <= score <= 1 if mapping.similarity == "cosine" else 0 <= score < float("inf")):
-        raise UserError(
-            f"--threshold {score:g} is no {'cosine' if mapping.similarity == 'cosine' else 'squared distance'}"
-        )
+    least, most, what = (-1, 1, "cosine") if mapping.similarity == "cosine" else (0, 1e30, "squared distance")
+    if score is not None and not least <= score <= most:
+        raise UserError(f"--threshold {score:g} is no {what}")
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
     files = (queries_old, queries_new, gallery_old, *([gallery_new] if gallery_new else []))
     data.notes += fitted + (leaks(pairs[0], data) if pairs else []) + (fitted_to(adapter, files) if adapter else [])
@@ -143,6 +134,20 @@ def audit(
     report["checks"], report["missing"] = judge.checks, judge.missing
     report["verdict"] = "GO" if not judge.missing and all(check.met for check in judge.checks) else "NO-GO"
     return plain(report)
+
+
+def _check_numbers(
+    accept: float | None, far: float | None, dual: Sequence[float], encoder_rate: float | None, seed: int
+) -> None:
+    for name, share in (("accept", accept), ("far", far), *(("dual", share) for share in dual)):
+        if share is not None and not (0 < share < 1 or (share == 1 and name != "far")):
+            raise UserError(f"--{name} {share:g} is no share; give one between 0 and 1")
+    if len({dual_name(share) for share in dual}) < len(dual):
+        raise UserError(f"--dual {' '.join(f'{share:g}' for share in dual)}: two of these are the same share")
+    if encoder_rate is not None and not 0 < encoder_rate < float("inf"):
+        raise UserError(f"--encoder-rate {encoder_rate:g} must be above 0: items a second")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
 
 
 def plain(value: Any) -> Any:

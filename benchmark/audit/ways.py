@@ -45,9 +45,8 @@ class Way:
     best: Array | None = None  # (Nq,) score of the best match in the whole gallery, where a threshold may meet it
     side: Side | None = None  # the vectors that are compared
     sampled: bool = False  # whether the gallery of `side` is the sample only
-    by_k: dict[int, Rows] = field(
-        default_factory=dict
-    )  # of an index, which searches less for fewer; rows of the gallery
+    # of an index, which searches less for fewer: k -> (Nq, k) rows of the gallery
+    by_k: dict[int, Rows] = field(default_factory=dict)
 
     def top(self, k: int) -> Rows:
         """(Nq, k) of the judged sample."""
