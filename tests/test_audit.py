@@ -431,7 +431,8 @@ def test_the_bias_of_the_sample_is_seen_from_the_sample(
     queries = npy(tmp_path, q=q)["q"]
     gallery = parquet(tmp_path / "go.parquet", old, ids)
     sample = parquet(tmp_path / "gn.parquet", new[some], ids[some])
-    bias = audit(queries, queries, gallery, sample, adapter=tmp_path / "a.safetensors")["sample bias"]
+    report = audit(queries, queries, gallery, sample, adapter=tmp_path / "a.safetensors")
+    bias = report["sample bias"]
     g_old, g_new, u = (unit(x).astype(np.float32) for x in (old, new, q))
     found, wanted = search(u, g_old, 10 * parts, "cosine").rows, search(u, g_new, 10 * parts, "cosine").rows
     truth, seen = overlap(found, wanted, 10).mean(), bias["in service"]["value"] + bias["too high by"]["value"]
@@ -440,6 +441,9 @@ def test_the_bias_of_the_sample_is_seen_from_the_sample(
     assert truth - 0.1 < bias["in service"]["value"] < truth + 0.01 and abs(seen - truth) > abs(
         bias["in service"]["value"] - truth
     )
+    shown = Console(width=500, record=True, file=io.StringIO())
+    shown.print(render(report))
+    assert ("points or more" if twins else "points or less") in shown.export_text()
     assert bias["the sample is"] == ("pessimistic" if twins else "optimistic")
 
 

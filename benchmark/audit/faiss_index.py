@@ -166,10 +166,6 @@ class Index:
             found = np.take_along_axis(found, (found < 0).argsort(1, kind="stable"), 1)
         return found[:, :k]
 
-    def one(self, query: Array) -> None:
-        """A single query (1, D), as it is served."""
-        self.index.search(query, 10)
-
     def rebuild(self, vectors: Array) -> Rebuild:
         """Time to add all vectors to an empty index of this kind, training not counted; measured with AGAIN of them.
 

@@ -80,7 +80,7 @@ def _ways(report: Mapping[str, Any]) -> list[RenderableType]:
     said = (
         "In brackets: lower and upper 95 % bound. overlap@k: share of what the full backfill finds. accepted: best matches in "
         f"all of the gallery that {reach} the {threshold['of']} {threshold['score']:.4f}, the threshold frozen at: "
-        f"{threshold['frozen at']}." + " –: known on the sample only." * _sampled(report),
+        f"{threshold['frozen at']}. –: no score after fusion, as without the index, or known on the sample only.",
         "hours: to embed again and write, without building an index; ? needs --encoder-rate.",
     )
     return [judged, _lines(said[0]), costs, _lines(said[1])]
@@ -154,12 +154,8 @@ def _writing(report: Mapping[str, Any]) -> str:
     said = f"To write all {again['vectors']:,} vectors again: {again['to a file, seconds']:,.2g} s into a plain file"
     if "to the index, seconds" in again:
         least = "at least " * again["at least"]
-        said += f", {least}{again['to the index, seconds']:,.2g} s into such an index by this machine's threads"
-    return f"{said}; embedding, training of an index, network and database not counted."
-
-
-def _sampled(report: Mapping[str, Any]) -> bool:
-    return 0 < report["sizes"]["judged sample"] < report["sizes"]["gallery"]
+        said += f", {least}{again['to the index, seconds']:,.2g} s into such an index"
+    return f"{said}, on this machine; embedding, training of an index, network and database not counted."
 
 
 def _bias(report: Mapping[str, Any]) -> list[str]:
@@ -170,14 +166,17 @@ def _bias(report: Mapping[str, Any]) -> list[str]:
     if bias is None:
         said.append("Bias of the sample: none, all of the gallery is judged (if more is in service: --gallery-size).")
     else:
-        high, less = bias["too high by"], "less" if bias["too high by"]["value"] > 0 else "more"
-        if high["value"] < 0:
-            high = {"value": -high["value"], "lower": -high["upper"], "upper": -high["lower"], "bounds": high["bounds"]}
-        how = ", an extrapolation" if bias["extrapolated"] else ""
+        high, how = bias["too high by"], ", an extrapolation" if bias["extrapolated"] else ""
+        low = {"value": -high["value"], "lower": -high["upper"], "upper": -high["lower"], "bounds": high["bounds"]}
+        word = {
+            "optimistic": f"optimistic by {percent(high)} points or less",
+            "pessimistic": f"pessimistic by {percent(low)} points or more",
+            "fair": f"fair (too high by {percent(high)} points)",
+        }[bias["the sample is"]]
         said.append(
             f"Bias of the sample: overlap@10 among {sizes['judged sample']:,} of {sizes['gallery in service']:,} items stands for "
-            f"overlap@{bias['stands for depth']:.0f} of all. As overlap@10 of all it is {bias['the sample is']}, by about "
-            f"{percent(high)} points or {less} (seen at depth {bias['read off at depth']:.2g} of the sample{how})."
+            f"overlap@{bias['stands for depth']:.0f} of all; as overlap@10 of all it is {word}, seen at depth "
+            f"{bias['read off at depth']:.2g} of the sample{how}."
         )
     if sizes["gallery"] < sizes["gallery in service"]:
         said.append(
