@@ -7,7 +7,7 @@ addition per item, whatever the number of stages; `retrieval.rank` of every stag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,13 +16,20 @@ from torch import Tensor
 from benchmark.retrieval import Cell, Ranking
 
 
-def rank_mixtures(layers: Sequence[Cell], start: Tensor, turns: Tensor, stages: int) -> list[list[Ranking]]:
+def rank_mixtures(
+    layers: Sequence[Cell],
+    start: Tensor,
+    turns: Tensor,
+    stages: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[Ranking]]:
     """Rankings of one gallery by order of re-embedding and stage, [K][S].
 
     layers: for each release that an item can be embedded by, a `Cell` of one block with all items in order, by that
         release's vectors and the query vectors that serve them; the last is the release to which the gallery passes.
     start: (Ng,) integers, the layer that each item is in at the beginning, but the last.
     turns: (K, Ng) integers in [0, S], the stage from which on an item is in the last layer; S = at none of them.
+    report: called with (queries done, of how many).
 
     Raises ValueError if the layers are not of the same queries and items, or `start` or `turns` name none of them.
     """
@@ -58,5 +65,6 @@ def rank_mixtures(layers: Sequence[Cell], start: Tensor, turns: Tensor, stages: 
             last.score(rows, after)
             parts = before.cpu().split(few), after.cpu().split(few)
             slices = [slice(int(part[0]), int(part[-1]) + 1) for part in rows.split(few)]
-            list(pool.map(work, slices, *parts))
+            for one in pool.map(lambda *part: (work(*part), part[0].stop)[1], slices, *parts):
+                report(one, first.nq)
     return [[Ranking(ap[k, s], best[k, s], positives) for s in range(stages)] for k in range(len(turns))]

@@ -196,7 +196,7 @@ def test_table_and_chart_show_every_method(made: Any, tmp_path: Path) -> None:
     figure = plots.backfill_figure(records, "cmc@1")
     assert len(figure.axes) == 2 * 4 and len(figure.axes[0].lines) == 3  # cmc@1 and map of each gallery
     ends = [made[name].find(1, [0]).curves[0].metrics["map"][-1] for name in ("FastFill", "Merge", "Ridge")]
-    drawn = [axis.lines for axis in figure.axes if axis.get_ylabel() == "map, %"][0]
+    drawn = next(axis.lines for axis in figure.axes if axis.get_ylabel() == "map, %")
     np.testing.assert_allclose([line.get_ydata()[-1] for line in drawn], 100 * np.array(ends))
     plots.save(figure, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
