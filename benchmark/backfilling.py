@@ -36,7 +36,7 @@ def nodes(plan: Plan) -> list[Node]:
     A gallery that the method cannot serve, as a cell of it is undefined, has none.
 
     Raises:
-        UserError: the method can serve no gallery, or the task's queries search two kinds of items.
+        UserError: the task's queries search two kinds of items.
     """
     if catalog.load("task", plan.protocol.task).sides:
         raise UserError(
@@ -45,8 +45,6 @@ def nodes(plan: Plan) -> list[Node]:
     last = len(plan.releases) - 1
     stores = [(t, [k]) for t in range(1, last + 1) for k in range(t)]
     made = [_node(plan, t, stored) for t, stored in (*stores, *([(last, list(range(last)))] if last > 1 else []))]
-    if not any(made):
-        raise UserError(f"{plan.method.name}: no release has a link to items of another, so there is no backfill curve")
     return [node for node in made if node is not None]
 
 
@@ -170,6 +168,7 @@ def record(plan: Plan, task: Task, store: Store, overrides: Sequence[str] = ()) 
         method=method_info(plan),
         seed=plan.seed,
         data_fingerprint=task.fingerprint,
+        primary_metric=plan.protocol.primary_metric,
         gallery=len(task.items(plan.split, "gallery")[0]),
         backfills=[curves.Backfill.model_validate(store.read_json(node, "backfill.json")) for node in nodes(plan)],
     )

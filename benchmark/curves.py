@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +73,7 @@ class BackfillRecord(Strict):
     seed: int
     data_fingerprint: str
     gallery: int
+    primary_metric: str = "cmc@1"
     backfills: list[Backfill]
 
     def save(self, path: Path) -> Path:
@@ -89,14 +92,46 @@ def load(path: Path) -> BackfillRecord:
         UserError: not JSON, an unknown or ill-typed field, another schema version.
     """
     try:
-        record = BackfillRecord.model_validate_json(path.read_text())
+        data = json.loads(path.read_text())
+        version = data["schema_version"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a backfill record; `compatbench backfill` writes them") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {version}; this suite reads version {SCHEMA_VERSION}: run `compatbench backfill` again"
+        )
+    try:
+        return BackfillRecord.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: not a backfill record of schema {SCHEMA_VERSION}: {describe(error)}") from None
-    if record.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {record.schema_version}; this suite reads version {SCHEMA_VERSION}")
-    return record
+
+
+Gallery = tuple[int, tuple[int, ...]]  # the release that it passes to, the releases that stored its items
+Found = dict[tuple[str, str], dict[Gallery, list[tuple[Backfill, Curve]]]]
+
+
+def galleries(records: Sequence[BackfillRecord]) -> list[Gallery]:
+    """All that some record has a curve of: those of one release first, older queries before newer ones."""
+    found = {(b.release, tuple(b.stored)) for record in records for b in record.backfills}
+    return sorted(found, key=lambda gallery: (len(gallery[1]), *gallery))
+
+
+def by_order(records: Sequence[BackfillRecord]) -> Found:
+    """(method, order) -> gallery -> the curve of every seed."""
+    found: Found = {}
+    for record in records:
+        for backfill in record.backfills:
+            for curve in backfill.curves:
+                row = found.setdefault((record.method.name, curve.order), {})
+                row.setdefault((backfill.release, tuple(backfill.stored)), []).append((backfill, curve))
+    return found
+
+
+def title(gallery: Gallery) -> str:
+    """Counted from 1: "1,2→3"."""
+    return f"{','.join(str(k + 1) for k in gallery[1])}→{gallery[0] + 1}"
 
 
 def grid() -> np.ndarray:

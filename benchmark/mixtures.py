@@ -49,11 +49,12 @@ def rank_mixtures(
     best = torch.empty(len(turns), stages, first.nq, dtype=torch.int64)
     positives = torch.empty(first.nq, dtype=torch.int64)
 
-    def work(rows: slice, before: Tensor, after: Tensor) -> None:
+    def work(rows: slice, before: Tensor, after: Tensor) -> int:
         columns, own = first.columns(torch.arange(rows.start, rows.stop)), first.own[rows]
         found = ap[:, :, rows], best[:, :, rows], positives[rows]
         arrays = (x.numpy() for x in (before, after, columns, own))
         kernels.mixtures(*arrays, made, stages, *(x.numpy() for x in found))
+        return rows.stop
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for at in range(0, first.nq, size):
@@ -65,6 +66,6 @@ def rank_mixtures(
             last.score(rows, after)
             parts = before.cpu().split(few), after.cpu().split(few)
             slices = [slice(int(part[0]), int(part[-1]) + 1) for part in rows.split(few)]
-            for one in pool.map(lambda *part: (work(*part), part[0].stop)[1], slices, *parts):
-                report(one, first.nq)
+            for done in pool.map(work, slices, *parts):
+                report(done, first.nq)
     return [[Ranking(ap[k, s], best[k, s], positives) for s in range(stages)] for k in range(len(turns))]

@@ -40,9 +40,10 @@ def settings(name: str) -> list[dict[str, Any]]:
         UserError: the method declares no space.
     """
     cls, default = catalog.method(name)
-    if not cls.space:
+    space = cls.searched(**default)
+    if not space:
         raise UserError(f"{name} declares no tuning space (`space` in its file), so there is nothing to tune")
-    drawn = [default | dict(zip(cls.space, values)) for values in itertools.product(*cls.space.values())]
+    drawn = [default | dict(zip(space, values)) for values in itertools.product(*space.values())]
     others = [one for one in drawn if one != default]
     random.Random(derive_seed(SEED, "tuning", name)).shuffle(others)
     return [default, *others[: TRIALS - 1]]

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from benchmark import plan, protocol, results, runner
+from benchmark import fusion, plan, protocol, results, runner
 from benchmark.bridge import Mapped, join, multiply_adds
 from benchmark.embeddings import Stored
+from benchmark.errors import UserError
 from benchmark.images import Batch
 from benchmark.methods import rqt
 from benchmark.methods.fastfill import Uncertain
 from benchmark.methods.fct import Transformation
 from benchmark.store import Store
-from tests.test_methods import DIM, QUICK, B, array, cosine_loss, images, make, unit
+from tests.test_methods import DIM, QUICK, B, array, context, cosine_loss, images, make, unit
 
 K = 5
 
@@ -108,6 +110,48 @@ def test_reverse_transform_is_a_mean_distance(batch: Batch) -> None:
     back = array(method.step(torch.tensor(np.array([unit(v) for v in new])).float()))
     expected = np.mean([np.linalg.norm(unit(a) - unit(b)) for a, b in zip(back, old)])
     assert method.loss(batch)["reverse"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_under_l2_the_reverse_transform_is_trained_on_what_it_serves(batch: Batch) -> None:
+    method = make("RQT-MCL", similarity="l2").eval()
+    old, new = seen(method, batch, "old", "new")
+    link = method.link()
+    served = array(link.query({(link.release, "main"): torch.tensor(new).float()}, Stored(0, DIM)))
+    expected = np.mean([np.linalg.norm(a - b) for a, b in zip(served, old)])
+    assert method.loss(batch)["reverse"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_learned_embedding_has_no_direct_maps() -> None:
+    with pytest.raises(UserError, match="leave out direct"):
+        rqt.RQT.requires(1, embedding=True, direct=True)
+
+
+@pytest.mark.parametrize("kind", ["slerp", "adaptive"])
+def test_the_weight_of_a_fusion_shares_most_neighbours_with_the_new_release(kind: str) -> None:
+    """By a loop over the grid and the held-out pairs; the map itself is not fitted to these."""
+    both = context().embeddings
+    stored = {"old": both["old_items"], "new": both["new_items"]}
+    method = make("SLERP", {"kind": kind}, embeddings=stored)
+    old, new = (np.array([unit(v) for v in array(x)]) for x in method.unit_pairs())
+    facts = method.fit()
+    order = method.shuffled(len(old)).numpy()
+    held, rest = order[: len(old) // 5], order[len(old) // 5 :]
+    again = make("Procrustes", embeddings=stored)
+    again.fit_to(*(torch.tensor(x[rest]).float() for x in (old, new)))
+    mapped = np.array([unit(v) for v in array(again.step(torch.tensor(new[held]).float()))])
+
+    def first(queries: np.ndarray, items: np.ndarray) -> list[set[int]]:
+        k = min(10, len(items) - 1)
+        return [set(sorted((j for j in range(len(items)) if j != i), key=lambda j: -(q @ items[j]))[:k])
+                for i, q in enumerate(queries)]  # fmt: skip
+
+    wanted, shared = first(new[held], new[held]), []
+    for one in fusion.GRIDS[kind]:
+        pairs = [torch.tensor(x).double() for x in (old[held], mapped)]
+        fused = array(fusion.fuse(kind, *(F.normalize(x) for x in pairs), **one))
+        shared.append(sum(len(a & b) for a, b in zip(first(fused, old[held]), wanted)))
+    best = [*fusion.GRIDS[kind][int(np.argmax(shared))].values()]
+    assert facts["fusion"] == pytest.approx(best) and len(set(shared)) > 1
 
 
 @pytest.mark.parametrize("joint", [True, False])
