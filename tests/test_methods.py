@@ -68,6 +68,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trains_a_sequence_and_fills_the_matrix(name: str, mode: plan.Mode, root: Path) -> None:
     made, store, _ = run(name, root, mode=mode)
     for (t, k), node in made.cells.items():
+        if (name, mode, t - k) == ("RQT-MCL-embedding", "pairwise", 2):  # a chain through another training's release
+            assert node is None
+            continue
         assert node is not None, f"cell {t},{k} is undefined"
         scores = store.read_json(node, "scores.json")
         assert all(0 <= scores["all"][metric] <= 1 for metric in ("cmc@1", "cmc@5", "map"))

@@ -36,7 +36,7 @@ class LambdaOrthogonality(Bridge):
     Args:
         strict: whether B is orthogonal by construction; else affine with the regulariser.
         threshold: lambda. Paper: 12, for embeddings of 128 and more dims.
-        sharpness: alpha. Ours: 10.
+        sharpness: alpha. Ours: 1, so that the term has a gradient from the start.
         backward, forward, contrastive: weights of L_B, L_F and L_C. Ours: 1, 1, 1.
         temperature: of SupCon. Ours: 0.1.
         gallery: "moved" = stored items pass F; "untouched" = B alone serves.
@@ -55,7 +55,7 @@ class LambdaOrthogonality(Bridge):
         context: Context,
         strict: bool = True,
         threshold: float = 12.0,
-        sharpness: float = 10.0,
+        sharpness: float = 1.0,
         backward: float = 1.0,
         forward: float = 1.0,
         contrastive: float = 1.0,
