@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 def report(found: Forecast) -> list[RenderableType]:
     """What was asked, what comes at which hour, what to do, what is taken for granted; fits 100 columns."""
-    paragraphs = [header(found), table(found), cutover(found), rollback(found), assumptions(found)]
-    texts = [x if isinstance(x, Table) else Text("\n".join(x)) for x in paragraphs]
-    return [part for text in texts for part in (text, Text(""))][:-1]
+    paragraphs: list[Table | list[str]] = [
+        header(found),
+        table(found),
+        cutover(found),
+        rollback(found),
+        assumptions(found),
+    ]
+    return [x if isinstance(x, Table) else Text("\n".join(x) + "\n") for x in paragraphs]
 
 
 def header(found: Forecast) -> list[str]:
@@ -40,6 +45,11 @@ def header(found: Forecast) -> list[str]:
         "One query encoder." if backfill.query_encoders == 1 else
         f"{backfill.query_encoders} query encoders: every query is embedded by so many models until the end.",
     ]  # fmt: skip
+    ends = [
+        f"{metric} {spread(100 * found.old[metric][:, 0])} -> {spread(100 * found.accuracy[metric][:, -1])}"
+        for metric in list(found.accuracy)[:2]
+    ]
+    lines.append(f"Old system at hour 0 -> finished backfill, %: {'; '.join(ends)}.")
     if any(one.moved for one in found.backfills):
         lines.append("All stored vectors pass the method's map before hour 0; that time is not counted.")
     return lines
@@ -58,7 +68,7 @@ def table(found: Forecast) -> Table:
     for i in sorted(rows):
         cells = [hour(found.hours[i]), f"{100 * found.done[i]:.0f} %", f"{100 * found.share[i]:.0f} %"]
         for metric in (first, second):
-            cells += [spread(100 * found.accuracy[metric][:, i]), f"{100 * found.lead(metric)[:, i].mean():+.1f}"]
+            cells += [spread(100 * found.accuracy[metric][:, i]), f"{100 * found.lead(metric)[:, i].mean():+z.1f}"]
         cells.append(spread(100 * found.flips[:, i]))
         if cut is not None:
             cells.append(f"{100 * found.old[first][:, i].mean():.1f}" if found.hours[i] >= cut else "")
@@ -75,21 +85,20 @@ def cutover(found: Forecast) -> list[str]:
     plan = found.plan
     first, second = list(found.accuracy)[:2]
     cut = found.cutover()
-    asked = f" by {points(plan.margin)}" if plan.margin else ""
+    asked = f" by {points(plan.margin)} or more" if plan.margin else " (a tie is no win)"
     if plan.max_negative_flips is not None:
         asked += f", with no more than {100 * plan.max_negative_flips:g} % of the queries broken"
     if cut is None:
         lines = [f"No cutover by {first}.", *missed(found, first)]
     else:
-        when = f"after {hour(cut)} hours" if cut else "at once"
-        lines = [f"Cut over {when}{by_seed(found, first)}: from then on {first} is above the old system{asked}."]
-    beside = found.cutover(second)
-    if beside is None:
-        lines += [f"By {second} there is no cutover.", *missed(found, second)]
+        lines = [f"Cut over {when(found, first, cut)}: from then on {first} is above the old system{asked}."]
+    if (beside := found.cutover(second)) is None:
+        lines += [
+            f"No cutover by {second}{' either' if cut is None else ''}.",
+            *(why for why in missed(found, second) if why not in lines),
+        ]
     else:
-        lines.append(
-            f"By {second} the cutover is {f'after {hour(beside)} hours' if beside else 'at once'}{by_seed(found, second)}."
-        )
+        lines.append(f"By {second} the cutover is {when(found, second, beside)}.")
     seeds = " (in one seed at least)" if len(found.records) > 1 else ""
     for metric in (first, second):
         if spans := found.spans(found.lead(metric) < -TIE):
@@ -107,7 +116,7 @@ def missed(found: Forecast, metric: str) -> list[str]:
         what = f"The margin of {points(plan.margin)}" if plan.margin else f"A lead in {metric}"
         tie = " A tie is no win." if (abs(lead) <= TIE).any() else ""
         lines.append(
-            f"{what} cannot be met{of_seeds(short)}: the finished backfill is {spread(100 * lead, '+.2f')} points above the old "
+            f"{what} cannot be met{of_seeds(short)}: the finished backfill is {spread(100 * lead, '+z.2f')} points above the old "
             f"system.{tie}"
         )
     broken = found.broken()[:, -1]
@@ -194,9 +203,14 @@ def of_seeds(where: NDArray) -> str:
     return f" in {where.sum()} of {len(where)} seeds" if len(where) > 1 else ""
 
 
-def by_seed(found: Forecast, metric: str) -> str:
+def when(found: Forecast, metric: str, cut: float) -> str:
     known = [value for value in found.cutovers(metric) if value is not None]
-    return f" (the latest of the seeds: {hour(min(known))} to {hour(max(known))})" if len(known) > 1 else ""
+    text = f"after {hour(cut)} hours" if cut else "at once"
+    if len(known) == 1:
+        return text
+    return text + (
+        f" (the latest of the seeds: {hour(min(known))} to {hour(cut)})" if min(known) < cut else " in every seed"
+    )
 
 
 def listed(spans: Sequence[tuple[float, float]]) -> str:
