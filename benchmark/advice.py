@@ -27,7 +27,7 @@ def report(found: Forecast) -> list[RenderableType]:
         rollback(found),
         assumptions(found),
     ]
-    return [x if isinstance(x, Table) else Text("\n".join(x) + "\n") for x in paragraphs]
+    return [x if isinstance(x, Table) else Text("\n" * (i > 0) + "\n".join(x)) for i, x in enumerate(paragraphs)]
 
 
 def header(found: Forecast) -> list[str]:
@@ -185,7 +185,7 @@ def assumptions(found: Forecast) -> list[str]:
 
 
 def hour(value: float) -> str:
-    return f"{value:,.{1 if value >= 10 else 2}f}"
+    return f"{value:,.{0 if value >= 1000 else 1 if value >= 10 else 2}f}"
 
 
 def points(share: float) -> str:
@@ -225,7 +225,7 @@ def figure(found: Forecast) -> Figure:
     finished backfill, the cutover."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(10.0, 4.2), layout="constrained")
+    made, handles = Figure(figsize=(10.0, 4.2), layout="constrained"), {}
     for axis, metric in zip(made.subplots(1, 2), found.accuracy):
         values, old = 100 * found.accuracy[metric], 100 * found.old[metric].mean(0)
         axis.plot(found.hours, values.mean(0), lw=2, label="while re-embedding")
@@ -235,9 +235,11 @@ def figure(found: Forecast) -> Figure:
         axis.axhline(values[:, -1].mean(), color="0.4", ls=":", label="finished backfill")
         cut = found.cutover(metric)
         if cut is not None:
-            axis.axvline(cut, color="C3", lw=1, label=f"cutover, {hour(cut)} h")
+            axis.axvline(cut, color="C3", lw=1, label="cutover")
         axis.set(xlabel="hours", ylabel=f"{metric}, %")
-        axis.legend(fontsize=8)
+        axis.set_title("no cutover" if cut is None else f"cutover after {hour(cut)} hours", fontsize=10)
         axis.grid(alpha=0.3)
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    made.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     made.suptitle(f"{found.records[0].method.name}, {found.plan.order} order", fontsize=10)
     return made
