@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ def table(found: Forecast) -> Table:
     cut = found.cutover()
     rows = set(np.linspace(0, len(found.hours) - 1, 11).astype(int))
     rows |= {int(np.searchsorted(found.hours, cut))} if cut is not None else set()
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    made = Table(box=box.SIMPLE_HEAD, padding=0, caption_justify="left")
     names = ["hours", "done", "in new\nspace", f"{first}, %", "lead", f"{second}, %", "lead", "broken, %"]
     for name in [*names, *["roll back\nbelow"] * (cut is not None)]:
         made.add_column(name, justify="right")
@@ -98,7 +98,7 @@ def cutover(found: Forecast) -> list[str]:
             *(why for why in missed(found, second) if why not in lines),
         ]
     else:
-        lines.append(f"By {second} the cutover is {when(found, second, beside)}.")
+        lines.append(f"By {second}, asked the same, the cutover is {when(found, second, beside)}.")
     seeds = " (in one seed at least)" if len(found.records) > 1 else ""
     for metric in (first, second):
         if spans := found.spans(found.lead(metric) < -TIE):
@@ -225,7 +225,8 @@ def figure(found: Forecast) -> Figure:
     finished backfill, the cutover."""
     from matplotlib.figure import Figure
 
-    made, handles = Figure(figsize=(10.0, 4.2), layout="constrained"), {}
+    made = Figure(figsize=(10.0, 4.2), layout="constrained")
+    handles: dict[str, Any] = {}
     for axis, metric in zip(made.subplots(1, 2), found.accuracy):
         values, old = 100 * found.accuracy[metric], 100 * found.old[metric].mean(0)
         axis.plot(found.hours, values.mean(0), lw=2, label="while re-embedding")
@@ -240,6 +241,6 @@ def figure(found: Forecast) -> Figure:
         axis.set_title("no cutover" if cut is None else f"cutover after {hour(cut)} hours", fontsize=10)
         axis.grid(alpha=0.3)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    made.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    made.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
     made.suptitle(f"{found.records[0].method.name}, {found.plan.order} order", fontsize=10)
     return made

@@ -6,6 +6,7 @@ A plan of 144,000 items at 10 images/s takes four hours: an hour for each quarte
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from benchmark import __main__ as cli
 from benchmark import advice, curves, simulator
 from benchmark.errors import UserError
+from benchmark.protocol import LEADERBOARDS
 from benchmark.record import MethodInfo, ProtocolInfo, SuiteInfo
 
 SHARES = [0, 0.25, 0.5, 0.75, 1]
@@ -169,7 +171,7 @@ def test_the_margin_delays_the_cutover(tmp_path: Path) -> None:
     assert found.cutover() == pytest.approx(2)  # at a lead of exactly the margin
     assert "Cut over after 2.00 hours: from then on cmc@1 is above the old system by 20 points or more." in text(found)
     assert found.cutovers("map") == [pytest.approx(3)]
-    assert "By map the cutover is after 3.00 hours." in text(found)
+    assert "By map, asked the same, the cutover is after 3.00 hours." in text(found)
 
 
 def test_a_tie_is_no_win(tmp_path: Path) -> None:
@@ -302,7 +304,10 @@ def test_the_plans_metric_comes_first_and_map_is_always_there(tmp_path: Path) ->
     assert list(found.accuracy) == ["map", "cmc@1"]
     assert found.cutover() == found.cutovers("map")[0] == pytest.approx(STEP, abs=1e-6)  # a tie at hour 0
     said = text(found)
-    assert "from then on map is above the old system" in said and "By cmc@1 the cutover is after 0.50 hours." in said
+    assert (
+        "from then on map is above the old system" in said
+        and "By cmc@1, asked the same, the cutover is after 0.50 hours." in said
+    )
     assert "at the cutover, no number would do: cmc@1 does not lead there" in said
 
 
@@ -404,3 +409,11 @@ def test_records_of_two_kinds_are_refused(tmp_path: Path, other: dict) -> None:
 def test_a_record_without_map_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no 'map'; it holds cmc@1"):
         forecast(tmp_path, record(RISING, old_old={"cmc@1": 0.3}))
+
+
+def test_the_plan_of_the_readme_is_one(tmp_path: Path) -> None:
+    root = LEADERBOARDS.parent
+    (block,) = re.findall(r"```yaml\n(# plan.yaml.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "plan.yaml").write_text(block)
+    plan = simulator.load(tmp_path / "plan.yaml")
+    assert list((root / plan.record.relative_to(tmp_path)).glob("backfill-seed*.json"))
