@@ -173,12 +173,13 @@ def command_backfill(args: Namespace) -> None:
 
     console = get_console()
     if args.plan:
-        from benchmark import simulator
+        from benchmark import advice, plots, simulator
 
         forecast = simulator.forecast(simulator.load(args.plan))
-        console.print(*simulator.report(forecast), sep="\n")
+        console.print(*advice.report(forecast), sep="\n", highlight=False)
         if args.png:
-            simulator.chart(forecast, args.png)
+            plots.save(advice.figure(forecast), args.png)
+            console.print(f"chart: {args.png}", soft_wrap=True)
         return
     if not args.protocol or not args.method:
         raise UserError("backfill needs a protocol and --method, or --plan FILE")

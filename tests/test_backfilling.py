@@ -1,4 +1,4 @@
-"""Backfill curves against naive recomputation at each point, orders, areas, the record, the chart, the simulator."""
+"""Backfill curves against naive recomputation at each point, orders, areas, the record, the chart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmark import __main__ as cli
-from benchmark import backfilling, curves, plan, plots, protocol, runner, simulator
+from benchmark import backfilling, curves, plan, plots, protocol, runner
 from benchmark.embeddings import Link, Stored
 from benchmark.errors import UserError
 from benchmark.mixtures import rank_mixtures
@@ -242,50 +242,3 @@ def test_the_command_writes_records_and_the_chart(tmp_path: Path, capsys: pytest
     assert (tmp_path / "digits@1" / "backfill.png").is_file()
     assert "Procrustes, random" in capsys.readouterr().out
     assert cli.main(["backfill", "digits@1"]) == 2
-
-
-# -------------------------------------------------------------------------------------------------------- simulator
-
-
-def planned(made: Any, tmp_path: Path, **changes: Any) -> simulator.BackfillPlan:
-    made["Merge"].save(tmp_path / "record.json")
-    given = {"record": "record.json", "items": 36000, "images_per_second": 10, "release": 1, **changes}
-    (tmp_path / "plan.yaml").write_text(json.dumps(given))
-    return simulator.load(tmp_path / "plan.yaml")
-
-
-def test_hours_follow_from_capacity_and_arrivals(made: Any, tmp_path: Path) -> None:
-    assert simulator.forecast(planned(made, tmp_path)).hours[-1] == pytest.approx(1.0)
-    busy = simulator.forecast(planned(made, tmp_path, arrivals_per_hour=18000))
-    assert busy.hours[-1] == pytest.approx(2.0)  # half of the capacity goes to new items
-    at = len(busy.hours) // 2  # after an hour: 18,000 re-embedded and 18,000 new of 54,000
-    assert busy.share[at] == pytest.approx(36000 / 54000)
-    with pytest.raises(UserError, match="never end"):
-        simulator.forecast(planned(made, tmp_path, arrivals_per_hour=36000))
-
-
-def test_cutover_is_the_hour_from_which_it_stays_better(made: Any, tmp_path: Path) -> None:
-    found = simulator.forecast(planned(made, tmp_path, margin=0.0))
-    if found.cutover is not None:
-        after = found.hours >= found.cutover
-        assert (found.accuracy[after] >= found.old).all()
-        assert found.cutover == 0 or (found.accuracy[~after] < found.old).any()
-    never = simulator.forecast(planned(made, tmp_path, margin=0.99))
-    assert never.cutover is None and "Do not begin" in " ".join(simulator.advice(never))
-    text = " ".join(simulator.advice(simulator.forecast(planned(made, tmp_path, max_negative_flips=0.0))))
-    assert "Roll back" in text
-
-
-def test_forecast_on_the_command_line_and_its_mistakes(
-    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    planned(made, tmp_path)
-    assert cli.main(["backfill", "--plan", str(tmp_path / "plan.yaml"), "--png", str(tmp_path / "f.png")]) == 0
-    assert "36,000 items take 1.0 hours" in capsys.readouterr().out.replace("\n", " ")
-    assert (tmp_path / "f.png").is_file()
-    with pytest.raises(UserError, match="images_per_second"):
-        planned(made, tmp_path, images_per_second=0)
-    with pytest.raises(UserError, match="holds"):
-        simulator.forecast(planned(made, tmp_path, order="own"))
-    with pytest.raises(UserError, match="cannot be read"):
-        simulator.load(tmp_path / "absent.yaml")
