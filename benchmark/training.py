@@ -323,7 +323,7 @@ def numbers(module: nn.Module) -> int:
         if not isinstance(part, nn.modules.batchnorm._BatchNorm):
             total += sum(b.numel() for b in part.buffers(recurse=False))
         if parametrize.is_parametrized(part):
-            total += sum(getattr(part, weight).numel() for weight in part.parametrizations)  # type: ignore[union-attr, arg-type]
+            total += sum(getattr(part, weight).numel() for weight in part.parametrizations)
     return total
 
 

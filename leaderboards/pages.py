@@ -34,12 +34,13 @@ COST = """\
 Billed as if the row were run alone, the same on every stratum. Images: seen in training (old releases and oracles that the row
 needs included), in the trials of tuned rows, and by frozen teachers during training; embedding the training images once, for
 maps fitted to stored embeddings and for class means, is billed as neither. Bytes: what is searched, the original embedding where
-the next update's direct map reads it, and side information. Parameters: of the last release and of the maps that its update adds,
+the next update's direct maps read it, and side information. Parameters: of the last release and of the maps that its update adds,
 over Independent's; trained: set by a gradient or a closed form; released: stored to serve, an encoder of side information
 included; running statistics of batch norm are not counted. Multiply-adds: of one query by the last release, maps included, for
-the dearest gallery; of one item that the last release's side information lets a later map move (a dash: the release's encoder
-alone embeds it); of one stored item, moved by one update. Items re-embedded and vectors rewritten: of the gallery, before the new
-release can answer. Training seconds stand in the records; they hang on the machine and its load, so they are not compared here."""
+the dearest gallery; of one item ingested by the last release, side information included (a dash: none is stored, the release's
+encoder alone runs); of one stored item, moved by one update. Items re-embedded and vectors rewritten: of the gallery, before the
+new release can answer. Training seconds stand in the records; they hang on the machine and its load, so they are not compared
+here."""
 PAIRS_TITLE = "## How many pairs a map needs"
 PAIRS = """\
 Post-hoc maps between independent releases, fitted directly (no chain) to so many training images embedded by both, drawn from the
