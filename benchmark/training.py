@@ -305,7 +305,8 @@ def step_size(node: Node, task: Task) -> StepSize:
         method = build(node, Context(**bare_context(node.spec, task)))
     assert isinstance(method, Bridge)
     passed = method.passed()
-    serving = sum(numbers(module) for module in passed.values())
+    weights = method.link().buffers(recurse=False)  # of a link that does more than its maps: a fusion's
+    serving = sum(numbers(module) for module in passed.values()) + sum(weight.numel() for weight in weights)
     fitted = sum(p.numel() for p in method.parameters() if p.requires_grad)
     adds = {side: multiply_adds(module) for side, module in passed.items()}
     return StepSize(serving if method.closed_form else fitted, serving, adds)
