@@ -253,7 +253,7 @@ def command_tune(args: Namespace) -> None:
     with console.status("loading torch and lightning"):
         from benchmark import console as progress
         from benchmark import tuning
-        from benchmark.results import row_nodes
+        from benchmark.bill import row_nodes
         from benchmark.runner import default_device, open_task
         from benchmark.store import Store
     names = [name for item in args.method for name in item.split(",")]
@@ -283,8 +283,9 @@ def command_list(args: Namespace) -> None:
     if args.what in ("methods", "all"):
         table = Table("method", "what it is", "variants")
         for entry in [*catalog.entries("method").values(), *catalog.entries("two-sided method").values()]:
-            variants = "\n".join(f"{name}: {_settings_text(values)}" for name, values in entry.variants.items())
-            table.add_row(entry.name, entry.summary, variants)
+            variants = "\n".join(f"{name}{entry.mark}: {_settings_text(v)}" for name, v in entry.variants.items())
+            table.add_row(entry.name + entry.mark, entry.summary, variants)
+        table.caption = catalog.RECONSTRUCTION
         console.print(table)
     if args.what in ("tasks", "all"):
         table = Table("task", "what it is")

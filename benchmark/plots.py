@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmark import compatibility, curves
+from benchmark import catalog, compatibility, curves
 from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
@@ -113,7 +113,8 @@ def summary_table(records: Sequence[Record], metric: str, stratum: str = "all") 
         table.add_column(column, justify="right", no_wrap=True)
     for name, group in rows.items():
         figures = _figures(group, metric, stratum)
-        table.add_row(name, *(figures[column] for column in columns))
+        mark = catalog.mark(group[0].method.reference)
+        table.add_row(name + mark, *(figures[column] for column in columns))
     table.caption_justify = "left"
     table.caption = (
         f"new/old: queries of the last release, gallery of the first. AC: share of cross cells above the old system's own "
@@ -122,6 +123,8 @@ def summary_table(records: Sequence[Record], metric: str, stratum: str = "all") 
     )
     if "AC95" in columns:
         table.caption += " AC95: as AC, beyond the queries' 95 % intervals, also against independent training."
+    if any(catalog.mark(group[0].method.reference) for group in rows.values()):
+        table.caption += f" {catalog.RECONSTRUCTION}."
     return table
 
 

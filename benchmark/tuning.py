@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from benchmark import catalog, compatibility
+from benchmark.bill import row_nodes
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 from benchmark.plan import MethodRun, Plan, build
 from benchmark.protocol import LEADERBOARDS, Protocol, derive_seed, to_json
-from benchmark.results import matrices_of, row_nodes
+from benchmark.results import matrices_of
 from benchmark.runner import Progress, execute
 from benchmark.store import Store
 from benchmark.task import Task

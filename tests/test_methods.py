@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark import catalog, plan, protocol, results, runner, training
+from benchmark import bill, catalog, plan, protocol, runner, training
 from benchmark.backbones import ConvNet
 from benchmark.bridge import Bridge
 from benchmark.embeddings import Embeddings
@@ -51,7 +51,7 @@ def run(name: str, root: Path, *overrides: str, mode: plan.Mode = "chain") -> tu
 
 def learned(made: plan.Plan) -> list[plan.Node]:
     """What the method itself has trained or fitted: its new releases, or the steps between releases."""
-    return results.steps(made) or list(made.releases[1:])
+    return bill.steps(made) or list(made.releases[1:])
 
 
 @pytest.fixture(scope="module")
