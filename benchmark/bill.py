@@ -50,6 +50,7 @@ def link_info(node: Node, task: Task, store: Store) -> LinkInfo:
         parameters=size.parameters,
         multiply_adds={str(side): count for side, count in size.multiply_adds.items()},
         pairs=facts.get("pairs"),
+        fusion=facts.get("fusion"),
         recipe=facts.get("recipe"),
         losses={term: [epoch[term] for epoch in facts["history"]] for term in terms},
         weights_sha256=sha256_file(store.folder(node) / "link.safetensors"),

@@ -73,6 +73,7 @@ class LinkInfo(Strict):
     recipe: dict[str, Any] | None  # of a trained one
     losses: dict[str, list[Number]]
     weights_sha256: str
+    fusion: list[Number] | None = None  # weights of a fusion with the old query, chosen on held-out pairs
 
 
 class Cost(Strict):

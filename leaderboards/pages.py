@@ -46,6 +46,7 @@ PAIRS = """\
 Post-hoc maps between independent releases, fitted directly (no chain) to so many training images embedded by both, drawn from the
 seed; mean over seeds, all queries, in percent. Best of its column and side in bold, without a test. \"needs n\": the map has more
 degrees of freedom than pairs. Run by `compatbench pairs`."""
+COMPACT = 5  # rows of each kind and size in the project's README
 MADE = "Made from the records in this folder by `make leaderboards`; nothing here is typed by hand."
 
 
@@ -171,7 +172,10 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
     oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(bound))
     every = ((name, s, one) for s, by_metric in by_stratum.items() for name, one in by_metric.items())
     files = {"README.md": "\n\n".join(text) + "\n", "table.csv": spreadsheet(every)}
-    return files, compact(main) + "\n\n" + legend(metric, BILLED, f" (here {oracle})")
+    kept = {row.name for row in tables.best([line.row for line in main], COMPACT)}
+    shown = [line for line in main if line.row.name in kept]
+    few = f"The best {COMPACT} of each kind and size; all {len(main)} rows: [leaderboard](leaderboards/{folder.name}/README.md). "
+    return files, compact(shown) + "\n\n" + legend(metric, few * (len(shown) < len(main)) + BILLED, f" (here {oracle})")
 
 
 def spreadsheet(found: Iterable[tuple[str, str, Sequence[Line]]]) -> str:

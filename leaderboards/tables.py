@@ -147,6 +147,15 @@ def checked(file: Path, one: Record) -> outputs.Outputs:
     return arrays
 
 
+def best(found: Sequence[Row], count: int) -> list[Row]:
+    """Independent, and the `count` best rows of each kind and size, in the order given, which is best first."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for row in found:
+        groups.setdefault((row.kind, row.bytes), []).append(row.name)
+    kept = {name for names in groups.values() for name in names[:count]} | {"Independent"}
+    return [row for row in found if row.name in kept]
+
+
 def independent_row(found: Sequence[Row]) -> Row:
     """The bounds of every table."""
     for row in found:

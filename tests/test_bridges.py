@@ -315,6 +315,7 @@ def test_fusion_at_weight_zero_is_the_old_system(rows: Any) -> None:
     record = rows("SLERP", weight=0.0)[1]
     for t, k in ((1, 0), (2, 0), (2, 1)):
         assert record.matrices["map"]["all"][t][k] == pytest.approx(record.matrices["map"]["all"][k][k], abs=1e-5)
+    assert all(x.fusion == [0.0] for x in record.links)
     mapped, alone = rows("SLERP", weight=1.0)[1], rows("Procrustes")[1]
     assert mapped.matrices["map"]["all"][2][0] == pytest.approx(alone.matrices["map"]["all"][2][0], abs=1e-6)
 
