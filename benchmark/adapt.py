@@ -24,7 +24,7 @@ from benchmark.adapters import Adapter, Moments
 from benchmark.errors import UserError, unknown
 from benchmark.files import sha256_file
 from benchmark.neighbours import Similarity, overlap, search
-from benchmark.vectors import CHUNK, Array, Parquet, Vectors, align, open_vectors
+from benchmark.vectors import CHUNK, Array, Vectors, align, open_vectors
 from benchmark.writer import Writer
 
 Side = Literal["query", "gallery"]
@@ -34,10 +34,24 @@ HELD_OUT = 0.2  # share of the pairs that is held out, at most HELD_OUT_MOST pai
 HELD_OUT_MOST = 5_000
 IN_MEMORY = 100_000  # pairs for maps that are not fitted to sums
 K = 10
+SHUFFLES = 20  # of held-out pairs, to see what a map reaches that knows nothing of its input
 
 
 def quiet(done: int, total: int) -> None:
     pass
+
+
+class Judged(NamedTuple):
+    """What an adapter does to pairs that it was not fitted to."""
+
+    fidelity: float  # mean cosine of mapped and true vector
+    overlap: float  # overlap@k with the target space's own ranking, in [0, 1]
+    k: int  # min(10, a tenth of the candidates), so that chance is no more than a tenth where there are 10 candidates
+    chance: float  # k / candidates, the overlap of a random ranking
+    luck: float  # what pairs put together at random hardly exceed: mean and 3 standard deviations of SHUFFLES shufflings
+
+    def __str__(self) -> str:
+        return f"overlap@{self.k} {self.overlap:.3f} (by chance {self.chance:.3f})"
 
 
 @dataclass(frozen=True)
@@ -46,15 +60,30 @@ class Fit:
 
     adapter: Adapter
     notes: dict[str, str]
-    fidelity: float  # mean cosine of mapped and true vector
-    overlap: float  # overlap@10 with the target space's own ranking, in [0, 1]
+    judged: Judged
     seconds: float  # of the fit, without reading the files
+
+    @property
+    def fidelity(self) -> float:
+        return self.judged.fidelity
+
+    @property
+    def overlap(self) -> float:
+        return self.judged.overlap
 
 
 class Fits(NamedTuple):
-    ranked: list[Fit]  # best first: by overlap@10, then by fidelity
+    ranked: list[Fit]  # best first: by overlap, then by fidelity
     refused: dict[str, str]  # method -> why it cannot be fitted to these pairs
     note: str  # how the two files were put together
+
+
+PAIR_FILES = ("old file", "new file")  # notes with their `content`
+
+
+def content(path: Path) -> str:
+    """Size in bytes and sha256."""
+    return f"{path.stat().st_size} {sha256_file(path)}"
 
 
 @dataclass(frozen=True)
@@ -65,14 +94,25 @@ class Map:
     side: Side
     similarity: Similarity
     key: str  # sha256 of its file
+    pairs: tuple[str, ...] = ()  # `content` of the files that it was fitted to
 
     @classmethod
     def load(cls, path: Path) -> Map:
-        adapter, notes = adapters.load(path)
+        return cls.of(*adapters.load(path), key=sha256_file(path), name=str(path))
+
+    @classmethod
+    def of(cls, adapter: Adapter, notes: Mapping[str, str], key: str = "", name: str = "the adapter") -> Map:
+        """From the notes that `fit` makes."""
         side, similarity = notes.get("side"), notes.get("similarity")
         if side not in ("query", "gallery") or similarity not in ("cosine", "l2"):
-            raise UserError(f"{path}: does not say side and similarity; fit it with `compatbench adapt`")
-        return cls(adapter, side, similarity, sha256_file(path))  # type: ignore[arg-type]
+            raise UserError(f"{name}: does not say side and similarity; fit it with `compatbench adapt`")
+        pairs = tuple(notes[file] for file in PAIR_FILES if file in notes)
+        return cls(adapter, side, similarity, key, pairs)  # type: ignore[arg-type]
+
+    def fitted_to(self, path: Path) -> bool:
+        """Whether it was fitted to this very file, by content; read whole only where the size agrees."""
+        size = f"{path.stat().st_size} "
+        return any(file.startswith(size) for file in self.pairs) and content(path) in self.pairs
 
     def check(self, dim: int, name: str) -> None:
         """Refuses vectors `name` of the wrong model."""
@@ -95,19 +135,22 @@ def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str =
         vectors = unit(vectors, name, first)
     with torch.inference_mode():
         mapped = adapter(torch.from_numpy(vectors)).numpy()
+    if not np.isfinite(mapped).all():
+        row = first + int(np.isfinite(mapped).all(1).argmin())
+        raise UserError(f"{name}, adapted: row {row} is beyond what float32 holds; scale such vectors down")
     return unit(mapped, f"{name}, adapted", first) if similarity == "cosine" else mapped
 
 
 def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
     """Vectors divided by their lengths; refuses zero vectors, by their number: from `rows` on, or those of `rows`."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]  # 1e20 squared is no float32
     if not lengths.all():
         at = int(lengths.argmin())
         row = rows + at if isinstance(rows, int) else rows[at]
         raise UserError(
             f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again"
         )
-    return vectors / lengths
+    return np.divide(vectors, lengths, out=np.empty_like(vectors), casting="same_kind")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fit
@@ -135,7 +178,7 @@ def fit(
 
     Raises:
         UserError: one line: files that do not fit, an unknown method, NaN, zero vectors; too few pairs or constant columns,
-            if that leaves no method.
+            if that leaves no method; pairs that no map finds any better than chance.
     """
     for name in methods:
         if name not in adapters.KINDS:
@@ -144,6 +187,7 @@ def fit(
         raise UserError("--set belongs to one method; name one")
     data = _Pairs(*((new, old) if side == "query" else (old, new)), similarity, pairs, seed)
     moments, memory, held = data.read(any(not adapters.KINDS[name].streams for name in methods), progress)
+    contents = {note: content(file) for note, file in zip(PAIR_FILES, (old, new))}
     fits, refused = [], {}
     for name in methods:
         start = time.perf_counter()
@@ -154,15 +198,32 @@ def fit(
             refused[name] = data.explained(str(error))
             continue
         seconds = time.perf_counter() - start
-        fidelity, shared = judge(adapter, *held, side, similarity)
+        judged = judge(adapter, *held, side, similarity)
         notes: dict[str, object] = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count}
-        notes |= {"held out": data.held, "fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
-        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
+        notes |= {"held out": data.held, "fidelity": f"{judged.fidelity:.4f}"}
+        notes |= {f"overlap@{judged.k}": f"{judged.overlap:.4f}", "chance": f"{judged.chance:.4f}"} | contents
+        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, judged, seconds))
     if not fits:
+        raise UserError("; ".join(reasons(refused)))
+    fits.sort(key=lambda fit: (-fit.overlap, -fit.fidelity))
+    best = fits[0].judged
+    if best.overlap <= best.luck:
         raise UserError(
-            "; ".join(reason if name in reason else f"{name}: {reason}" for name, reason in refused.items())
+            f"{old} and {new} do not seem to hold the same items in the same order: {best} on {data.held} held-out pairs "
+            "is no better than chance; check the order, give both files ids, or give more pairs"
         )
-    return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
+    return Fits(fits, refused, data.note)
+
+
+def reasons(refused: Mapping[str, str]) -> list[str]:
+    """Each reason once, after the methods that it holds for."""
+    methods: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        methods.setdefault(reason, []).append(name)
+    return [
+        reason if len(names) == 1 and names[0] in reason else f"{', '.join(names)}: {reason}"
+        for reason, names in methods.items()
+    ]
 
 
 class _Pairs:
@@ -221,7 +282,7 @@ class _Pairs:
                 at += len(x)
             return
         # in the source's order; a Parquet target has no quick way to a row and is held in memory for it
-        held = self.target.take(self.target_rows) if isinstance(self.target, Parquet) else None
+        held = None if self.target.random_access else self.target.take(self.target_rows)
         at = done = 0  # row of the source, pair
         for x in self.source.chunks(rows):
             end = int(np.searchsorted(self.source_rows, at + len(x)))
@@ -237,19 +298,24 @@ class _Pairs:
 # -------------------------------------------------------------------------------------------------------------- judge
 
 
-def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> tuple[float, float]:
-    """Fidelity and overlap@10 of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
+def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> Judged:
+    """Fidelity and overlap of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
 
     Each pair asks all others: on the query side mapped source against target, on the gallery side target against mapped
-    source; the reference is target against target. With less than 12 pairs there are only N - 2 neighbours to compare.
+    source; the reference is target against target.
     """
     mapped = served(adapter, source, similarity)
     target = unit(target, "target") if similarity == "cosine" else target
     fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
     asked = (mapped, target) if side == "query" else (target, mapped)
-    k, own = min(K, len(source) - 2), np.arange(len(source))
+    candidates, own = len(source) - 1, np.arange(len(source))
+    k = max(1, min(K, candidates // 10))
     found, wanted = (search(*pair, k, similarity, own).rows for pair in (asked, (target, target)))
-    return fidelity, float(overlap(found, wanted, k).mean())
+    # a map that knows nothing still finds what is near to everything: more than k / candidates
+    rng = np.random.default_rng(0)
+    lucky = [overlap(found, wanted[rng.permutation(own)], k).mean() for _ in range(SHUFFLES)]
+    luck = float(np.mean(lucky) + 3 * np.std(lucky))
+    return Judged(fidelity, float(overlap(found, wanted, k).mean()), k, k / candidates, luck)
 
 
 # -------------------------------------------------------------------------------------------------------------- apply
