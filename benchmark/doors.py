@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt
 
 from benchmark.errors import UserError
 from benchmark.files import same_file
@@ -122,7 +121,7 @@ def _side_arguments(parser: ArgumentParser) -> None:
         help="query: new to old; gallery: stored vectors to new (default: query)",
     )
     parser.add_argument("--similarity", choices=["cosine", "l2"], help="what the search ranks by (default: cosine)")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of what is drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
 
 
 def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
@@ -173,7 +172,8 @@ def _show(console: Any, fits: Fits) -> None:
     from benchmark.adapt import reasons
 
     notes, best = fits.ranked[0].notes, fits.ranked[0].judged
-    table = Table(title=f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side")
+    title = f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side"
+    table = Table(title=f"{title}; overlap@{best.k} by chance: {best.chance:.3f}")
     for column in ("method", f"overlap@{best.k}", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for fit in fits.ranked:
@@ -182,8 +182,8 @@ def _show(console: Any, fits: Fits) -> None:
             f"{fit.adapter.multiply_adds:,}", f"{fit.seconds:.2f}",
         )  # fmt: skip
     table.caption = (
-        f"overlap@{best.k} of held-out items with the target model's own ranking, by chance {best.chance:.4f}; fidelity: mean "
-        "cosine with its own vectors; multiply-adds: per vector"
+        f"overlap@{best.k} of held-out items with the target model's own ranking; fidelity: mean cosine with its "
+        "own vectors; multiply-adds: per vector"
     )
     console.print(table)
     for reason in reasons(fits.refused):

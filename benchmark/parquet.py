@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from benchmark.writer import Writer
 
 LONGEST = 1000  # characters of a name; a column of names takes 4 bytes for each, times its longest name
-GROUP = 2**27  # bytes of a row group that is written, which are held in memory; larger ones are cut
+GROUP = 2**26  # bytes of a row group that is written, which are held in memory; larger ones are cut
 
 
 class Parquet(Vectors):

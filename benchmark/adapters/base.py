@@ -38,8 +38,7 @@ class Adapter(nn.Module):
         types = get_type_hints(cls.__init__)
         for name, value in hyperparameters.items():
             if not _is(value, types[name]):
-                wanted = getattr(types[name], "__name__", str(types[name])).replace("typing.", "")
-                raise UserError(f"{cls.__name__}: {name} must be {wanted}, got {value!r}")
+                raise UserError(f"{cls.__name__}: {name} must be {_words(types[name])}, got {value!r}")
         return cls(source_dim, target_dim, **hyperparameters)
 
     @classmethod
@@ -137,3 +136,9 @@ def _is(value: object, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "a word"}
+    return " or ".join(map(str, get_args(hint)) if get_origin(hint) is Literal else
+                       (_words(part) for part in get_args(hint))) or names.get(hint, str(hint))
