@@ -35,6 +35,7 @@ HELD_OUT_MOST = 5_000
 IN_MEMORY = 100_000  # pairs for maps that are not fitted to sums
 K = 10
 PIECE = 500  # held-out pairs that are judged at a time
+ENOUGH = 20  # held-out pairs that may have a fit refused; fewer make a warning
 SHUFFLES = 100  # of held-out pairs, to see what a map reaches that knows nothing of its input
 
 
@@ -144,14 +145,17 @@ def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str =
 
 def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
     """Vectors divided by their lengths; refuses zero vectors, by their number: from `rows` on, or those of `rows`."""
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]  # 1e20 squared is no float32
+    largest = np.maximum(vectors.max(1, keepdims=True), -vectors.min(1, keepdims=True))
+    scaled = np.ldexp(vectors, -np.frexp(largest)[1])  # by powers of 2: exact, and squares stay within float32
+    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
     if not lengths.all():
         at = int(lengths.argmin())
         row = rows + at if isinstance(rows, int) else rows[at]
         raise UserError(
             f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again"
         )
-    return np.divide(vectors, lengths, out=np.empty_like(vectors), casting="same_kind")
+    scaled /= lengths
+    return scaled
 
 
 # ---------------------------------------------------------------------------------------------------------------- fit
@@ -210,12 +214,15 @@ def fit(
         raise UserError("; ".join(reasons(refused)))
     fits.sort(key=lambda fit: (-fit.overlap, -fit.fidelity))
     best = fits[0].judged
-    if best.overlap <= best.luck:
-        raise UserError(
-            f"{old} and {new} do not seem to hold the same items in the same order: {best} on {data.held} held-out pairs "
-            "is no better than chance; check the order, give both files ids, or give more pairs"
-        )
-    return Fits(fits, refused, data.note)
+    if best.overlap > best.luck:
+        return Fits(fits, refused, data.note)
+    doubt = f"{best} on {data.held} held-out pairs cannot be told from chance"
+    if data.held < ENOUGH:
+        return Fits(fits, refused, f"{data.note}; but {doubt}: give more pairs")
+    raise UserError(
+        f"{old} and {new} do not seem to hold the same items in the same order: {doubt}; check the order, give both files "
+        "ids, or more pairs"
+    )
 
 
 def reasons(refused: Mapping[str, str]) -> list[str]:

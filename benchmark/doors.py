@@ -24,9 +24,7 @@ FILES = "embeddings are .npy, .safetensors ('embeddings', 'ids') or .parquet (ve
 def adapt_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, help=f"the pairs by the old model; {FILES}")
     parser.add_argument("--new", type=Path, help="the same items by the new model; by id, else row by row")
-    parser.add_argument(
-        "--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)"
-    )
+    parser.add_argument("--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)")
     _side_arguments(parser)
     parser.add_argument("--pairs", type=int, help="fit to so many pairs, drawn at random (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")

@@ -155,7 +155,7 @@ def test_a_rotated_space_is_recovered_and_ranks_as_the_target(tmp_path: Path) ->
 def test_the_depth_of_the_overlap_leaves_chance_no_room() -> None:
     same = adapters.fit("Identity", torch.eye(8), torch.eye(8))
     noise = np.random.default_rng(1).normal(size=X_OLD.shape).astype(np.float32)
-    for held, k in ((600, 10), (101, 10), (100, 9), (12, 1), (5, 1)):
+    for held, k in ((600, 10), (101, 10), (100, 9), (12, 1)):
         judged = judge(same, X_OLD[:held], X_OLD[:held], "query", "cosine")
         assert (judged.k, judged.chance) == (k, k / (held - 1)) and judged.overlap > judged.luck
     for side in ("query", "gallery"):
@@ -169,11 +169,16 @@ def test_the_depth_of_the_overlap_leaves_chance_no_room() -> None:
 @pytest.mark.parametrize("side", ["query", "gallery"])
 def test_files_of_other_orders_are_refused(side: str, tmp_path: Path) -> None:
     moved = X_NEW + 3 * np.abs(RNG.normal(size=NEW)).astype(np.float32)  # away from the mean, so that there are hubs
-    for seed, rows in ((1, N), (2, 100), (3, 30)):
+    for seed, rows in ((1, N), (2, 300), (3, 100)):
         order = np.random.default_rng(seed).permutation(rows)
         old, new = npy(tmp_path / "o.npy", X_OLD[:rows]), npy(tmp_path / "n.npy", moved[:rows][order])
-        with pytest.raises(UserError, match=r"do not seem to hold the same items in the same order: overlap@\d+ .* chance"):
-            fit(old, new, ["Ridge", "Procrustes"] if rows > 40 else ["Procrustes"], side=side)
+        with pytest.raises(
+            UserError, match=r"do not seem to hold the same items in the same order: overlap@\d+ .* chance"
+        ):
+            fit(old, new, ["Ridge", "Procrustes"], side=side)
+    old, new = npy(tmp_path / "o.npy", X_OLD[:30]), npy(tmp_path / "n.npy", moved[30:60])
+    note = fit(old, new, ["Procrustes"], side=side).note
+    assert "on 12 held-out pairs cannot be told from chance: give more pairs" in note
 
 
 def test_an_adapter_knows_what_it_was_fitted_to(pairs: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
@@ -364,7 +369,15 @@ def applies_damaged(d: Path) -> list[str]:
 def twice(d: Path) -> list[str]:
     columns = [pa.array(range(N)), pa.array(range(N)), pa.array(list(X_NEW))]
     pq.write_table(pa.table(columns, names=["a", "a", "vector"]), d / "n.parquet")
-    return ["adapt", "--apply", str(d / "n.parquet"), "--adapter", str(d / "adapter.safetensors"), "--out", str(d / "o.parquet")]
+    return [
+        "adapt",
+        "--apply",
+        str(d / "n.parquet"),
+        "--adapter",
+        str(d / "adapter.safetensors"),
+        "--out",
+        str(d / "o.parquet"),
+    ]
 
 
 IDS = list(range(N))
@@ -378,14 +391,15 @@ BAD = {
     "damaged pages": (fits(lambda d: damaged(d / "n.parquet", X_NEW)), "n.parquet: cannot be read: "),
     "damaged pages to apply to": (applies_damaged, "n.parquet: cannot be read: "),
     "two columns of one name": (twice, "n.parquet: has more than one column 'a'; rename or drop all but one"),
-    "a number that is none": (fits(None, None, "--method", "Ridge", "--set", "rho=abc"), "Ridge: rho must be a number or null, got 'abc'"),
+    "a number that is none": (
+        fits(None, None, "--method", "Ridge", "--set", "rho=abc"), "Ridge: rho must be a number or null, got 'abc'"),
     "a word for a whole number": (
         fits(None, None, "--method", "LowRank", "--set", "rank=abc"), "LowRank: rank must be a whole number, got 'abc'"),
     "a fraction for a whole number": (
         fits(None, None, "--method", "LowRank", "--set", "rank=3.5"), "LowRank: rank must be a whole number, got 3.5"),
     "no choice": (fits(None, None, "--set", "centred=1"), "Procrustes: centred must be true or false, got 1"),
     "a seed below zero": (fits(None, None, "--seed", "-1"), "--seed -1: seeds are whole numbers from 0"),
-    "no YAML": (fits(None, None, "--method", "Ridge", "--set", "rho=a: b: c"), "--set rho takes a number, true, false, null, a word"),
+    "no YAML": (fits(None, None, "--method", "Ridge", "--set", "rho=a: b: c"), "--set rho takes a number, true, false"),
     "options that the adapter fixes": (
         lambda d: [*applies(X_NEW)(d), "--side", "gallery"], "--side is of the fit, and the adapter says it"),
     "similarity that the adapter fixes": (
@@ -445,7 +459,19 @@ def test_a_small_penalty_may_be_written_as_people_write_it(pairs: tuple[Path, Pa
     old, new = map(str, pairs)
     for written in ("1e-3", "1E-3", "0.001", ".1e-2"):
         out = tmp_path / "a.safetensors"
-        command = ["adapt", "--old", old, "--new", new, "--method", "Ridge", "--set", f"rho={written}", "--out", str(out)]
+        command = [
+            "adapt",
+            "--old",
+            old,
+            "--new",
+            new,
+            "--method",
+            "Ridge",
+            "--set",
+            f"rho={written}",
+            "--out",
+            str(out),
+        ]
         assert main(command) == 0 and Map.load(out).adapter.config()["rho"] == 0.001
 
 

@@ -31,7 +31,19 @@ from benchmark.errors import UserError, unknown
 from benchmark.files import write_bytes
 from benchmark.fusion import ALPHAS, B0, FUSIONS, GRIDS, S0, adaptive, fuse, nlerp, slerp
 
-__all__ = ["KINDS", "RHOS", "Adapter", "Moments", "Screen", "check_pairs", "fit", "is_adapter", "load", "rebuild", "save"]
+__all__ = [
+    "KINDS",
+    "RHOS",
+    "Adapter",
+    "Moments",
+    "Screen",
+    "check_pairs",
+    "fit",
+    "is_adapter",
+    "load",
+    "rebuild",
+    "save",
+]
 __all__ += ["ALPHAS", "B0", "FUSIONS", "GRIDS", "S0", "adaptive", "fuse", "nlerp", "slerp"]
 
 KINDS: dict[str, type[Adapter]] = {

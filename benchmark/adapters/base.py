@@ -140,5 +140,6 @@ def _is(value: object, hint: Any) -> bool:
 
 def _words(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "a word"}
-    return " or ".join(map(str, get_args(hint)) if get_origin(hint) is Literal else
-                       (_words(part) for part in get_args(hint))) or names.get(hint, str(hint))
+    return " or ".join(
+        map(str, get_args(hint)) if get_origin(hint) is Literal else (_words(part) for part in get_args(hint))
+    ) or names.get(hint, str(hint))
