@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from benchmark import adapters
 from benchmark.__main__ import main
-from benchmark.adapt import Map, apply, fit, judge
+from benchmark.adapt import Judged, Map, apply, fit, judge
 from benchmark.errors import UserError
 from benchmark.vectors import CHUNK, open_vectors
 
@@ -167,7 +167,7 @@ def test_the_depth_of_the_overlap_leaves_chance_no_room() -> None:
 
 
 @pytest.mark.parametrize("side", ["query", "gallery"])
-def test_files_of_other_orders_are_refused(side: str, tmp_path: Path) -> None:
+def test_files_of_other_orders_are_refused(side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = X_NEW + 3 * np.abs(RNG.normal(size=NEW)).astype(np.float32)  # away from the mean, so that there are hubs
     for seed, rows in ((1, N), (2, 300), (3, 100)):
         order = np.random.default_rng(seed).permutation(rows)
@@ -177,8 +177,14 @@ def test_files_of_other_orders_are_refused(side: str, tmp_path: Path) -> None:
         ):
             fit(old, new, ["Ridge", "Procrustes"], side=side)
     old, new = npy(tmp_path / "o.npy", X_OLD[:30]), npy(tmp_path / "n.npy", moved[30:60])
+    for overlap, chance in ((0.05, 0.09), (0.1, 0.09)):
+        judged = Judged(0.0, overlap, 1, chance, 0.2)
+        monkeypatch.setattr("benchmark.adapt.judge", lambda *_, judged=judged: judged)
+        if overlap < chance:
+            with pytest.raises(UserError, match="cannot be told from chance; check the order"):
+                fit(old, new, ["Procrustes"], side=side)
     note = fit(old, new, ["Procrustes"], side=side).note
-    assert "on 12 held-out pairs cannot be told from chance: give more pairs" in note
+    assert "overlap@1 0.100 (by chance 0.090) on 12 held-out pairs cannot be told from chance: give more pairs" in note
 
 
 def test_an_adapter_knows_what_it_was_fitted_to(pairs: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
