@@ -22,6 +22,8 @@ from benchmark.vectors import Array, Vectors
 if TYPE_CHECKING:
     from benchmark.writer import Writer
 
+pa.set_memory_pool(pa.system_memory_pool())  # pyarrow's own keeps what it has freed
+
 LONGEST = 1000  # characters of a name; a column of names takes 4 bytes for each, times its longest name
 GROUP = 2**26  # bytes of a row group that is written, which are held in memory; larger ones are cut
 
@@ -98,7 +100,8 @@ class Parquet(Vectors):
             if values.null_count:
                 row = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // self.dim
                 raise UserError(f"{self}: the vector of row {at + row} has a null in it; remove such rows")
-            chunk = values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, self.dim)
+            with np.errstate(over="ignore"):  # refused as infinity, in a line of our own
+                chunk = values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, self.dim)
             yield chunk
             at += len(chunk)
 

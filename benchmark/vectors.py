@@ -147,7 +147,8 @@ class Raw(Vectors):
     def _floats(self, part: NDArray) -> Array:
         if self.stored.kind == "u":  # bfloat16: the upper half of a float32
             return (part.astype(np.uint32) << 16).view(np.float32)
-        return part.astype(np.float32)
+        with np.errstate(over="ignore"):  # refused as infinity, in a line of our own
+            return part.astype(np.float32)
 
 
 class Npy(Raw):

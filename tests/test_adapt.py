@@ -461,6 +461,18 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("output", ["json", "png"])
+def test_an_audit_writes_over_none_of_its_inputs(output: str, pairs: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "link.npy").hardlink_to(pairs[0])
+    before = pairs[0].read_bytes()
+    given = {"queries-old": pairs[0], "queries-new": pairs[1], "gallery-old": pairs[0], "adapter": "a.safetensors"}
+    command = ["audit", *(str(word) for name, file in given.items() for word in (f"--{name}", file))]
+    for out in (pairs[0], tmp_path / ".." / tmp_path.name / "old.npy", tmp_path / "link.npy"):
+        assert main([*command, f"--{output}", str(out)]) == 2
+        assert f"--{output} {out} would replace --queries-old; choose another name" in capsys.readouterr().err
+    assert pairs[0].read_bytes() == before
+
+
 def test_a_small_penalty_may_be_written_as_people_write_it(pairs: tuple[Path, Path], tmp_path: Path) -> None:
     old, new = map(str, pairs)
     for written in ("1e-3", "1E-3", "0.001", ".1e-2"):

@@ -288,6 +288,7 @@ BAD_FILES = {
         "has more than one column 'a'; rename or drop all but one"),
     "damaged pages": (lambda d: damaged(FILES["parquet, lists"](d)), "x.parquet: cannot be read: "),
     "damaged ids": (lambda d: damaged(FILES["parquet, fixed lists"](d)), "x.parquet: cannot be read: "),
+    "beyond float32": (lambda d: numpy_file(d / "x.npy", X.astype(np.float64) + 1e39), "row 0 holds NaN or infinity"),
     "NaN": (lambda d: numpy_file(d / "x.npy", np.where(np.arange(N)[:, None] == 7, np.nan, X)), "row 7 holds NaN"),
 }  # fmt: skip
 
