@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -164,7 +165,13 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key} takes a number, true, false, null, a word or a list, not '{value}'") from None
+        if isinstance(values[key], str):
+            with contextlib.suppress(ValueError):
+                values[key] = float(value)  # YAML 1.1 takes 1e-3 for a word
     return values
 
 

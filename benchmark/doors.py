@@ -5,7 +5,7 @@ Light to import: torch and the rest come with the command that is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmark.errors import UserError
+from benchmark.files import same_file
 
 if TYPE_CHECKING:
     from benchmark.adapt import Fits
@@ -23,9 +24,7 @@ FILES = "embeddings are .npy, .safetensors ('embeddings', 'ids') or .parquet (ve
 def adapt_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, help=f"the pairs by the old model; {FILES}")
     parser.add_argument("--new", type=Path, help="the same items by the new model; by id, else row by row")
-    parser.add_argument(
-        "--method", nargs="+", default=["Procrustes"], help="names or 'all'; of several the best is kept"
-    )
+    parser.add_argument("--method", nargs="+", help="names or 'all'; of several the best is kept (default: Procrustes)")
     _side_arguments(parser)
     parser.add_argument("--pairs", type=int, help="fit to so many pairs, drawn at random (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
@@ -74,10 +73,20 @@ def audit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, help="draw overlap by way")
 
 
+def spare_inputs(args: Namespace, outputs: Sequence[str]) -> None:
+    """Refuses an output that is one of the inputs, by whatever path; all other options that are files count as inputs."""
+    for output in outputs:
+        out = args[output]
+        for name, value in vars(args).items():
+            if out and value and name not in outputs and isinstance(value, (str, Path)) and same_file(out, Path(value)):
+                raise UserError(f"--{output} {out} would replace --{name.replace('_', '-')}; choose another name")
+
+
 def command_audit(args: Namespace) -> None:
     from rich import get_console
 
     console = get_console()
+    spare_inputs(args, ("json", "png"))
     if (args.pairs_old is None) != (args.pairs_new is None):
         raise UserError("give both --pairs-old and --pairs-new, or a fitted --adapter")
     with console.status("loading torch"):
@@ -88,8 +97,8 @@ def command_audit(args: Namespace) -> None:
     with console.status("searching and counting"):
         report = audit(
             args.queries_old, args.queries_new, args.gallery_old, args.gallery_new, adapter=args.adapter,
-            pairs=(args.pairs_old, args.pairs_new) if args.pairs_old else None, methods=args.method, side=args.side,
-            similarity=args.similarity, index=args.index, settings=args.search, query_labels=args.query_labels,
+            pairs=(args.pairs_old, args.pairs_new) if args.pairs_old else None, methods=args.method, side=args.side or "query",
+            similarity=args.similarity or "cosine", index=args.index, settings=args.search, query_labels=args.query_labels,
             gallery_labels=args.gallery_labels, slices=args.slice, accept=args.accept, far=args.far,
             gallery_size=args.gallery_size, encoder_rate=args.encoder_rate, dual=args.dual,
             require=Requirements(args.require_overlap, args.require_slice, args.margin), seed=args.seed,
@@ -107,10 +116,9 @@ def _side_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--side",
         choices=["query", "gallery"],
-        default="query",
-        help="query: new to old; gallery: stored vectors to new",
+        help="query: new to old; gallery: stored vectors to new (default: query)",
     )
-    parser.add_argument("--similarity", choices=["cosine", "l2"], default="cosine", help="what the search ranks by")
+    parser.add_argument("--similarity", choices=["cosine", "l2"], help="what the search ranks by (default: cosine)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
 
 
@@ -118,9 +126,13 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     from rich import get_console
 
     console = get_console()
+    spare_inputs(args, ("out",))
     if args.apply:
         if args.old or args.new or not args.adapter:
             raise UserError("--apply takes a fitted --adapter, and neither --old nor --new")
+        for name in ("method", "side", "similarity", "pairs", "set"):
+            if args[name]:
+                raise UserError(f"--{name} is of the fit, and the adapter says it; leave it out with --apply")
         from benchmark.adapt import apply
 
         with bar(f"adapting {args.apply.name}") as progress:
@@ -135,11 +147,14 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     with console.status("loading torch"):
         from benchmark import adapters
         from benchmark.adapt import fit
-    methods = list(adapters.KINDS) if "all" in args.method else args.method
+    if args.out.exists() and not adapters.is_adapter(args.out):
+        raise UserError(f"{args.out}: holds something else than an adapter, which would be lost; choose another name")
+    methods = args.method or ["Procrustes"]
+    methods = list(adapters.KINDS) if "all" in methods else methods
     with bar("reading pairs") as progress:
         fits = fit(
-            args.old, args.new, methods, side=args.side, similarity=args.similarity, pairs=args.pairs,
-            settings=settings, seed=args.seed, progress=progress,
+            args.old, args.new, methods, side=args.side or "query", similarity=args.similarity or "cosine",
+            pairs=args.pairs, settings=settings, seed=args.seed, progress=progress,
         )  # fmt: skip
     best = fits.ranked[0]
     adapters.save(args.out, best.adapter, best.notes)
@@ -152,9 +167,12 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
 def _show(console: Any, fits: Fits) -> None:
     from rich.table import Table
 
-    notes = fits.ranked[0].notes
-    table = Table(title=f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side")
-    for column in ("method", "overlap@10", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
+    from benchmark.adapt import reasons
+
+    notes, best = fits.ranked[0].notes, fits.ranked[0].judged
+    title = f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side"
+    table = Table(title=f"{title}; overlap@{best.k} by chance: {best.chance:.3f}")
+    for column in ("method", f"overlap@{best.k}", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for fit in fits.ranked:
         table.add_row(
@@ -162,12 +180,12 @@ def _show(console: Any, fits: Fits) -> None:
             f"{fit.adapter.multiply_adds:,}", f"{fit.seconds:.2f}",
         )  # fmt: skip
     table.caption = (
-        "overlap@10 of held-out items with the target model's own ranking; fidelity: mean cosine with its own vectors; "
-        "multiply-adds: per vector"
+        f"overlap@{best.k} of held-out items with the target model's own ranking; fidelity: mean cosine with its "
+        "own vectors; multiply-adds: per vector"
     )
     console.print(table)
-    for name, reason in fits.refused.items():
-        console.print(f"{name} left out: {reason}", soft_wrap=True, markup=False, highlight=False)
+    for reason in reasons(fits.refused):
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager

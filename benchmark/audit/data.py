@@ -162,13 +162,17 @@ def _slices(
         if name not in known:
             raise unknown("column of the query files", name, known or ["none: Parquet files hold columns"])
         file, rows = known[name]
+        if asked is None and name == labels:
+            continue
         try:
-            values = file.column(name)
+            values = file.few(name, SLICES_MOST) if asked is None else file.column(name)
         except UserError:
             if asked is None:
                 continue
             raise
+        if values is None:
+            continue
         values = values if rows is None else values[rows]
-        if asked is not None or (name != labels and 2 <= len(np.unique(values)) <= SLICES_MOST):
+        if asked is not None or len(np.unique(values)) >= 2:
             found[name] = values
     return found
