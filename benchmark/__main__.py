@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -60,12 +61,22 @@ def command_run(args: Namespace) -> None:
     from rich import get_console
 
     protocol = protocols.load(args.protocol, args.override)
-    names = [name for item in args.method for name in item.split(",")]
+    names = chosen_methods(protocol, args.method)
+    run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
+
+
+def chosen_methods(protocol: protocols.Protocol, asked: Sequence[str]) -> list[str]:
+    """Names, "all" spelled out; a typo dies before the slow imports."""
+    names = [name for item in asked for name in item.split(",")]
     if "all" in names:
         two_sided = catalog.load("task", protocol.task).sides
         rivals = [name for name in catalog.entries("method") if name not in catalog.PARTS]
-        names = ["Independent", *catalog.entries("two-sided method")] if two_sided else rivals
-    run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
+        return ["Independent", *catalog.entries("two-sided method")] if two_sided else rivals
+    known = catalog.names("method") + catalog.names("two-sided method")
+    for name in names:
+        if "." not in name and name.lower() not in [one.lower() for one in known]:
+            raise unknown("method", name, known)
+    return names
 
 
 def chosen_seeds(protocol: protocols.Protocol, asked: Sequence[str]) -> list[int]:
@@ -88,10 +99,6 @@ def run_protocol(
 ) -> list[Record]:
     """Plan, compute, assemble, log: the body of `run` and `demo`."""
     given = settings(args.set)
-    known = catalog.names("method") + catalog.names("two-sided method")
-    for name in names:  # a typo dies before the slow imports
-        if "." not in name and name.lower() not in [one.lower() for one in known]:
-            raise unknown("method", name, known)
     with console.status("loading torch and lightning"):
         from benchmark import console as progress
         from benchmark import plots, results, tracking
@@ -158,7 +165,13 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key} takes a number, true, false, null, a word or a list, not '{value}'") from None
+        if isinstance(values[key], str):
+            with contextlib.suppress(ValueError):
+                values[key] = float(value)  # YAML 1.1 takes 1e-3 for a word
     return values
 
 
@@ -167,28 +180,40 @@ def command_backfill(args: Namespace) -> None:
 
     console = get_console()
     if args.plan:
-        from benchmark import simulator
+        from benchmark import advice, plots, simulator
 
         forecast = simulator.forecast(simulator.load(args.plan))
-        console.print(*simulator.report(forecast), sep="\n")
+        console.print(*advice.report(forecast), sep="\n", highlight=False)
         if args.png:
-            simulator.chart(forecast, args.png)
+            plots.save(advice.figure(forecast), args.png)
+            console.print(f"chart: {args.png}", soft_wrap=True)
         return
     if not args.protocol or not args.method:
         raise UserError("backfill needs a protocol and --method, or --plan FILE")
     protocol, given = protocols.load(args.protocol, args.override), settings(args.set)
-    names = [name for item in args.method for name in item.split(",")]
+    names = chosen_methods(protocol, args.method)
+    if args.tuned and given:
+        raise UserError("--tuned takes its hyperparameters from the tuning log; leave out --set")
     with console.status("loading torch and lightning"):
         from benchmark import backfilling, plots, results
         from benchmark import console as progress
         from benchmark.plan import MethodRun, build
         from benchmark.runner import default_device, execute, open_task
         from benchmark.store import Store
-    methods, store = [MethodRun.of(name, given) for name in names], Store(args.runs)
+        from benchmark.tuning import tuned
+    methods = [tuned(protocol, name) if args.tuned else MethodRun.of(name, given) for name in names]
+    store = Store(args.runs)
     with console.status(f"reading the data of {protocol.task}"):
         task = open_task(protocol, args.data, args.device or default_device())
     plans = [build(protocol, m, seed, task.fingerprint) for seed in chosen_seeds(protocol, args.seed) for m in methods]
-    wanted: list[Plan | Node] = [*plans, *(node for plan in plans for node in backfilling.nodes(plan))]
+    served = {(plan.method.name, plan.seed): backfilling.nodes(plan) for plan in plans}
+    for name, found in {name: found for (name, _), found in served.items()}.items():
+        if not found:
+            console.print(f"{name}: no curve, as no release has a link to items of another", highlight=False)
+    plans = [plan for plan in plans if served[plan.method.name, plan.seed]]
+    if not plans:
+        return
+    wanted: list[Plan | Node] = [*plans, *(node for found in served.values() for node in found)]
     with progress.Bars(console) as bars:
         bars.expect(wanted, store)
         execute(wanted, task, store, jobs=args.jobs, threads=args.threads, progress=bars)
@@ -235,7 +260,7 @@ def command_tune(args: Namespace) -> None:
     with console.status("loading torch and lightning"):
         from benchmark import console as progress
         from benchmark import tuning
-        from benchmark.results import row_nodes
+        from benchmark.bill import row_nodes
         from benchmark.runner import default_device, open_task
         from benchmark.store import Store
     names = [name for item in args.method for name in item.split(",")]
@@ -265,8 +290,9 @@ def command_list(args: Namespace) -> None:
     if args.what in ("methods", "all"):
         table = Table("method", "what it is", "variants")
         for entry in [*catalog.entries("method").values(), *catalog.entries("two-sided method").values()]:
-            variants = "\n".join(f"{name}: {_settings_text(values)}" for name, values in entry.variants.items())
-            table.add_row(entry.name, entry.summary, variants)
+            variants = "\n".join(f"{name}{entry.mark}: {_settings_text(v)}" for name, v in entry.variants.items())
+            table.add_row(entry.name + entry.mark, entry.summary, variants)
+        table.caption = catalog.RECONSTRUCTION
         console.print(table)
     if args.what in ("tasks", "all"):
         table = Table("task", "what it is")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +22,37 @@ from torch import Tensor
 from benchmark import adapters
 from benchmark.adapters import Adapter, Moments
 from benchmark.errors import UserError, unknown
-from benchmark.files import sha256_file
 from benchmark.neighbours import Similarity, overlap, search
-from benchmark.vectors import CHUNK, Array, Parquet, Vectors, align, open_vectors
+from benchmark.serving import PAIR_FILES, Map, Side, content, served, unit
+from benchmark.vectors import CHUNK, Array, Vectors, align, open_vectors
 from benchmark.writer import Writer
 
-Side = Literal["query", "gallery"]
 Progress = Callable[[int, int], None]  # rows done, of how many
 
 HELD_OUT = 0.2  # share of the pairs that is held out, at most HELD_OUT_MOST pairs
 HELD_OUT_MOST = 5_000
 IN_MEMORY = 100_000  # pairs for maps that are not fitted to sums
 K = 10
+PIECE = 500  # held-out pairs that are judged at a time
+ENOUGH = 20  # held-out pairs whose doubt refuses a fit; that of fewer is a warning, unless chance does better
+SHUFFLES = 100  # of held-out pairs, to see what a map reaches that knows nothing of its input
 
 
 def quiet(done: int, total: int) -> None:
     pass
+
+
+class Judged(NamedTuple):
+    """What an adapter does to pairs that it was not fitted to."""
+
+    fidelity: float  # mean cosine of mapped and true vector
+    overlap: float  # overlap@k with the target space's own ranking, in [0, 1]
+    k: int  # min(10, a tenth of the candidates), so that chance is no more than a tenth where there are 10 candidates
+    chance: float  # k / candidates, the overlap of a random ranking
+    luck: float  # what pairs put together at random hardly exceed, by SHUFFLES shufflings
+
+    def __str__(self) -> str:
+        return f"overlap@{self.k} {self.overlap:.3f} (by chance {self.chance:.3f})"
 
 
 @dataclass(frozen=True)
@@ -46,68 +61,22 @@ class Fit:
 
     adapter: Adapter
     notes: dict[str, str]
-    fidelity: float  # mean cosine of mapped and true vector
-    overlap: float  # overlap@10 with the target space's own ranking, in [0, 1]
+    judged: Judged
     seconds: float  # of the fit, without reading the files
+
+    @property
+    def fidelity(self) -> float:
+        return self.judged.fidelity
+
+    @property
+    def overlap(self) -> float:
+        return self.judged.overlap
 
 
 class Fits(NamedTuple):
-    ranked: list[Fit]  # best first: by overlap@10, then by fidelity
+    ranked: list[Fit]  # best first: by overlap, then by fidelity
     refused: dict[str, str]  # method -> why it cannot be fitted to these pairs
     note: str  # how the two files were put together
-
-
-@dataclass(frozen=True)
-class Map:
-    """An adapter as it serves: with the side it was fitted for and the similarity that says what is normalised."""
-
-    adapter: Adapter
-    side: Side
-    similarity: Similarity
-    key: str  # sha256 of its file
-
-    @classmethod
-    def load(cls, path: Path) -> Map:
-        adapter, notes = adapters.load(path)
-        side, similarity = notes.get("side"), notes.get("similarity")
-        if side not in ("query", "gallery") or similarity not in ("cosine", "l2"):
-            raise UserError(f"{path}: does not say side and similarity; fit it with `compatbench adapt`")
-        return cls(adapter, side, similarity, sha256_file(path))  # type: ignore[arg-type]
-
-    def check(self, dim: int, name: str) -> None:
-        """Refuses vectors `name` of the wrong model."""
-        if dim != self.adapter.source_dim:
-            swapped = ", not those of the other" if dim == self.adapter.target_dim else ""
-            raise UserError(
-                f"{name} has {dim} dims, the adapter maps {self.adapter.source_dim} to {self.adapter.target_dim}: give "
-                f"embeddings of the {'new' if self.side == 'query' else 'old'} model{swapped}"
-            )
-
-    def __call__(self, vectors: Array, name: str = "the input", first: int = 0) -> Array:
-        """(n, d_s) -> (n, d_t); `name` and the row number `first` of vectors[0] are for error lines."""
-        self.check(vectors.shape[1], name)
-        return served(self.adapter, vectors, self.similarity, name, first)
-
-
-def served(adapter: Adapter, vectors: Array, similarity: Similarity, name: str = "the input", first: int = 0) -> Array:
-    """`Map` of an adapter that is not in a file."""
-    if similarity == "cosine":
-        vectors = unit(vectors, name, first)
-    with torch.inference_mode():
-        mapped = adapter(torch.from_numpy(vectors)).numpy()
-    return unit(mapped, f"{name}, adapted", first) if similarity == "cosine" else mapped
-
-
-def unit(vectors: Array, name: str, rows: int | NDArray[np.int64] = 0) -> Array:
-    """Vectors divided by their lengths; refuses zero vectors, by their number: from `rows` on, or those of `rows`."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not lengths.all():
-        at = int(lengths.argmin())
-        row = rows + at if isinstance(rows, int) else rows[at]
-        raise UserError(
-            f"{name}: row {row} is a zero vector, which has no cosine; remove such rows or embed them again"
-        )
-    return vectors / lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------- fit
@@ -135,15 +104,18 @@ def fit(
 
     Raises:
         UserError: one line: files that do not fit, an unknown method, NaN, zero vectors; too few pairs or constant columns,
-            if that leaves no method.
+            if that leaves no method; pairs that no map finds any better than chance.
     """
     for name in methods:
         if name not in adapters.KINDS:
             raise unknown("method", name, adapters.KINDS)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: seeds are whole numbers from 0 to 2^63 - 1")
     if settings and len(methods) > 1:
         raise UserError("--set belongs to one method; name one")
     data = _Pairs(*((new, old) if side == "query" else (old, new)), similarity, pairs, seed)
     moments, memory, held = data.read(any(not adapters.KINDS[name].streams for name in methods), progress)
+    contents = {note: content(file) for note, file in zip(PAIR_FILES, (old, new))}
     fits, refused = [], {}
     for name in methods:
         start = time.perf_counter()
@@ -154,15 +126,35 @@ def fit(
             refused[name] = data.explained(str(error))
             continue
         seconds = time.perf_counter() - start
-        fidelity, shared = judge(adapter, *held, side, similarity)
+        judged = judge(adapter, *held, side, similarity)
         notes: dict[str, object] = {"side": side, "similarity": similarity, "seed": seed, "pairs": data.count}
-        notes |= {"held out": data.held, "fidelity": f"{fidelity:.4f}", "overlap@10": f"{shared:.4f}"}
-        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, fidelity, shared, seconds))
+        notes |= {"held out": data.held, "fidelity": f"{judged.fidelity:.4f}"}
+        notes |= {f"overlap@{judged.k}": f"{judged.overlap:.4f}", "chance": f"{judged.chance:.4f}"} | contents
+        fits.append(Fit(adapter, {k: str(v) for k, v in notes.items()}, judged, seconds))
     if not fits:
-        raise UserError(
-            "; ".join(reason if name in reason else f"{name}: {reason}" for name, reason in refused.items())
-        )
-    return Fits(sorted(fits, key=lambda fit: (-fit.overlap, -fit.fidelity)), refused, data.note)
+        raise UserError("; ".join(reasons(refused)))
+    fits.sort(key=lambda fit: (-fit.overlap, -fit.fidelity))
+    best = fits[0].judged
+    if best.overlap > best.luck:
+        return Fits(fits, refused, data.note)
+    doubt = f"{best} on {data.held} held-out pairs cannot be told from chance"
+    if data.held < ENOUGH and best.overlap > best.chance:
+        return Fits(fits, refused, f"{data.note}; but {doubt}: give more pairs")
+    raise UserError(
+        f"{old} and {new} do not seem to hold the same items in the same order: {doubt}; check the order, give both files "
+        "ids, or more pairs"
+    )
+
+
+def reasons(refused: Mapping[str, str]) -> list[str]:
+    """Each reason once, after the methods that it holds for."""
+    methods: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        methods.setdefault(reason, []).append(name)
+    return [
+        reason if len(names) == 1 and names[0] in reason else f"{', '.join(names)}: {reason}"
+        for reason, names in methods.items()
+    ]
 
 
 class _Pairs:
@@ -221,7 +213,7 @@ class _Pairs:
                 at += len(x)
             return
         # in the source's order; a Parquet target has no quick way to a row and is held in memory for it
-        held = self.target.take(self.target_rows) if isinstance(self.target, Parquet) else None
+        held = None if self.target.random_access else self.target.take(self.target_rows)
         at = done = 0  # row of the source, pair
         for x in self.source.chunks(rows):
             end = int(np.searchsorted(self.source_rows, at + len(x)))
@@ -237,19 +229,32 @@ class _Pairs:
 # -------------------------------------------------------------------------------------------------------------- judge
 
 
-def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> tuple[float, float]:
-    """Fidelity and overlap@10 of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
+def judge(adapter: Adapter, source: Array, target: Array, side: Side, similarity: Similarity) -> Judged:
+    """Fidelity and overlap of an adapter on pairs source (N, d_s), target (N, d_t) that it was not fitted to.
 
     Each pair asks all others: on the query side mapped source against target, on the gallery side target against mapped
-    source; the reference is target against target. With less than 12 pairs there are only N - 2 neighbours to compare.
+    source; the reference is target against target.
     """
-    mapped = served(adapter, source, similarity)
     target = unit(target, "target") if similarity == "cosine" else target
-    fidelity = float((unit(mapped, "mapped") * unit(target, "target")).sum(1).mean())
-    asked = (mapped, target) if side == "query" else (target, mapped)
-    k, own = min(K, len(source) - 2), np.arange(len(source))
-    found, wanted = (search(*pair, k, similarity, own).rows for pair in (asked, (target, target)))
-    return fidelity, float(overlap(found, wanted, k).mean())
+    own, mapped, cosines = np.arange(len(source)), np.empty_like(target), 0.0
+    pieces = [slice(at, at + PIECE) for at in range(0, len(source), PIECE)]
+    for piece in pieces:
+        mapped[piece] = served(adapter, source[piece], similarity, "held-out pairs", piece.start)
+        cosines += float((unit(mapped[piece], "mapped") * unit(target[piece], "target")).sum(dtype=np.float64))
+    candidates = len(source) - 1
+    k = max(1, min(K, candidates // 10))
+
+    def nearest(asked: Array, gallery: Array) -> NDArray[np.int64]:
+        return np.concatenate([search(asked[piece], gallery, k, similarity, own[piece]).rows for piece in pieces])
+
+    found = nearest(mapped, target) if side == "query" else nearest(target, mapped)
+    wanted = nearest(target, target)
+    # a map that knows nothing still finds what is near to everything, hence more than k / candidates: what was mapped is
+    # given to other items, and that is the queries or the gallery
+    orders = (np.random.default_rng(seed).permutation(own) for seed in range(SHUFFLES))
+    lucky = [overlap(found[order] if side == "query" else order[found], wanted, k).mean() for order in orders]
+    luck = float(max(np.mean(lucky) + 3 * np.std(lucky), *lucky))
+    return Judged(cosines / len(source), float(overlap(found, wanted, k).mean()), k, k / candidates, luck)
 
 
 # -------------------------------------------------------------------------------------------------------------- apply

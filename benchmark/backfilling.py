@@ -8,18 +8,17 @@ floor(beta N) items of an order are done. At beta = 0 the curve is the matrix ce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark import curves, training
-from benchmark.embeddings import Link, Stored
+from benchmark import catalog, curves, training
+from benchmark.embeddings import Link, Stored, View
 from benchmark.errors import UserError
 from benchmark.mixtures import rank_mixtures
-from benchmark.outputs import values
 from benchmark.plan import Node, Plan
 from benchmark.protocol import derive_seed
 from benchmark.results import method_info, protocol_info, suite_info
@@ -34,61 +33,79 @@ DRAWS = 3  # random orders, averaged
 def nodes(plan: Plan) -> list[Node]:
     """One node for every pair of releases, and one for a gallery that holds items of all releases at once.
 
+    A gallery that the method cannot serve, as a cell of it is undefined, has none.
+
     Raises:
-        UserError: a cell that the curves would begin with is undefined.
+        UserError: the task's queries search two kinds of items.
     """
+    if catalog.load("task", plan.protocol.task).sides:
+        raise UserError(
+            f"{plan.protocol.task} has no backfill curves yet: they are defined for images searched by images"
+        )
     last = len(plan.releases) - 1
     stores = [(t, [k]) for t in range(1, last + 1) for k in range(t)]
-    return [_node(plan, t, stored) for t, stored in (*stores, *([(last, list(range(last)))] if last > 1 else []))]
+    made = [_node(plan, t, stored) for t, stored in (*stores, *([(last, list(range(last)))] if last > 1 else []))]
+    return [node for node in made if node is not None]
 
 
-def _node(plan: Plan, t: int, stored: list[int]) -> Node:
-    inputs = {}
-    for k in [*stored, t]:
-        cell = plan.cells[t, k]
-        if cell is None:
-            raise UserError(
-                f"{plan.method.name}: no link from release {t} to items of release {k}, so no backfill curve"
-            )
-        inputs[f"cell/{k}"] = cell
-    before = plan.cells[stored[0], stored[0]]
-    assert before is not None
-    inputs["before"] = before
-    spec = {"t": t, "stored": stored, "seed": plan.seed, "draws": DRAWS, "split": plan.split}
+def _node(plan: Plan, t: int, stored: list[int]) -> Node | None:
+    """Before the update the same items are searched by queries of the newest release that stored some of them."""
+    newest = max(stored)
+    cells = {f"cell/{k}": plan.cells[t, k] for k in [*stored, t]} | {
+        f"before/{k}": plan.cells[newest, k] for k in stored
+    }
+    inputs = {name: cell for name, cell in cells.items() if cell is not None}
+    if len(inputs) < len(cells):
+        return None
+    spec = {
+        "t": t,
+        "stored": stored,
+        "seed": plan.seed,
+        "draws": DRAWS,
+        "split": plan.split,
+        "shares": len(curves.grid()),
+    }
     label = f"backfill from {' and '.join(map(str, stored))} to {t}, {plan.method.name}"
     return Node("backfill", label, spec, inputs)
+
+
+class Layer(NamedTuple):
+    """Items of one release as queries of another meet them."""
+
+    link: Link
+    views: dict[View, Tensor]  # of the items
+    at: Stored
+    queries: Tensor  # (Nq, D) what the link makes of the queries
+    gallery: Tensor  # (Ng, D) and of the items
+
+    @property
+    def moved(self) -> bool:
+        return not torch.equal(self.gallery, self.views[self.at.release, "main"])
+
+
+def _layer(cell: Node, task: Task, store: Store) -> Layer:
+    link, sides = training.served(cell, task, store)
+    at = Stored(cell.spec["k"], cell.spec["stored"])
+    return Layer(link, sides["gallery"], at, link.query(sides["query"], at), link.gallery(sides["gallery"], at))
 
 
 def compute(node: Node, task: Task, store: Store, report: training.Report) -> None:
     """All orders of one gallery; writes backfill.json."""
     t, stored, split = node.spec["t"], node.spec["stored"], node.spec["split"]
-    links, queries, galleries, views = [], [], [], []
     with torch.inference_mode():
-        for k in [*stored, t]:
-            cell = node.inputs[f"cell/{k}"]
-            link, sides = training.served(cell, task, store)
-            at = Stored(k, cell.spec["stored"])
-            links.append(link)
-            views.append((sides["gallery"], at))
-            queries.append(link.query(sides["query"], at))
-            galleries.append(link.gallery(sides["gallery"], at))
-    layers = [task.cell(q, g, split) for q, g in zip(queries, galleries)]
-    count, shares = len(galleries[0]), curves.grid()
+        layers = [_layer(node.inputs[f"cell/{k}"], task, store) for k in [*stored, t]]
+        older = [_layer(node.inputs[f"before/{k}"], task, store) for k in stored]
+    ready, before = ([task.cell(x.queries, x.gallery, split) for x in some] for some in (layers, older))
+    count, shares, primary = len(layers[0].gallery), curves.grid(), task.protocol.primary_metric
     start = _start(count, len(stored), derive_seed(node.spec["seed"], t, "start"))
-    before = {
-        name: tensor.numpy()
-        for name, tensor in store.read_tensors(node.inputs["before"], "per_query.safetensors").items()
-    }
-    was_right = values({f"{name}/0/0": v for name, v in before.items()}, "cmc@1", 0, 0) == 1
-    ends = {
-        "old_old": _cell_metrics(node.inputs["before"], store),
-        "new_new": _cell_metrics(node.inputs[f"cell/{t}"], store),
-    }
+    never = torch.ones(1, count, dtype=torch.int64)
+    old = rank_mixtures([*before, before[-1]], start, never, 1)[0][0]
     labels = task.items(split, "query")[1]
     masks = task.strata(labels)
-    made = orders(links, views, galleries, task.items(split, "gallery")[1], start, task.protocol.similarity, node.spec)
-    turns = [_turns(order, shares) for permutations in made.values() for order in permutations]
-    ranked = iter(rank_mixtures(layers, start, torch.stack(turns), len(shares)))
+    made = orders(layers, task.items(split, "gallery")[1], start, task.protocol.similarity, node.spec)
+    turns = torch.stack([_turns(order, shares) for permutations in made.values() for order in permutations])
+    ranked = iter(rank_mixtures(ready, start, turns, len(shares), report))
+    ends = {"old_old": _metrics(old), "new_new": _cell_metrics(node.inputs[f"cell/{t}"], store)}
     found = []
     for name, permutations in made.items():
         rankings = [next(ranked) for _ in permutations]  # by draw, by share
@@ -99,9 +116,8 @@ def compute(node: Node, task: Task, store: Store, report: training.Report) -> No
             }
             for metric in METRICS
         }
-        flips = np.array([[_negative(was_right, r) for r in draw] for draw in rankings])
-        found.append(curves.summarise(name, task.protocol.primary_metric, table, flips, ends))
-        report(len(found), len(made))
+        flips = np.array([[_negative(old, r) for r in draw] for draw in rankings])
+        found.append(curves.summarise(name, primary, table, flips, ends))
     encoders = {
         int(name.split("/")[1]) for k in stored for name in node.inputs[f"cell/{k}"].inputs if name.startswith("query/")
     }
@@ -111,6 +127,7 @@ def compute(node: Node, task: Task, store: Store, report: training.Report) -> No
         start=[float((start == i).float().mean()) for i in range(len(stored))],
         shares=[float(share) for share in shares],
         query_encoders=len(encoders | {t}),
+        moved=any(x.moved for x in layers[:-1]),
         curves=found,
         **ends,
     )
@@ -118,32 +135,27 @@ def compute(node: Node, task: Task, store: Store, report: training.Report) -> No
 
 
 def orders(
-    links: Sequence[Link],
-    views: Sequence[tuple[Any, Stored]],
-    galleries: Sequence[Tensor],
-    labels: Tensor,
-    start: Tensor,
-    similarity: str,
-    spec: Any,
+    layers: Sequence[Layer], labels: Tensor, start: Tensor, similarity: str, spec: Any
 ) -> dict[str, list[Tensor]]:
     """Name of an order -> permutations of the gallery (N,), first re-embedded first.
 
-    "random" always. "own": the method's. Where stored items are moved, z: "oracle distance", descending |new - z|, which needs
-    the new embeddings and is a reference only; "class means", descending distance of z to the mean of its class in the
-    gallery (lambda-orthogonality's order; needs labels).
+    "random" always. "own": the method's. Where stored items are moved, to z: "oracle distance", descending distance of z to the
+    item's new embedding where queries meet it, which needs the new embeddings and is a reference only; "class means",
+    descending distance of z to the mean of its class among items of the same release (lambda-orthogonality's; needs labels).
     """
-    count = len(labels)
+    count, *older, new = len(labels), *layers
     seeds = [derive_seed(spec["seed"], spec["t"], "order", draw) for draw in range(spec["draws"])]
     made = {"random": [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in seeds]}
     with torch.inference_mode():
-        own = [link.priority(*view) for link, view in zip(links[:-1], views[:-1])]
+        own = [x.link.priority(x.views, x.at) for x in older]
         if all(p is not None for p in own):
             made["own"] = [_descending(own, start)]  # type: ignore[arg-type]
-        moved = [not torch.equal(g, view[0][view[1].release, "main"]) for g, view in zip(galleries[:-1], views[:-1])]
-        if all(moved):
-            z = [_seen(g, similarity) for g in galleries]
-            made["oracle distance"] = [_descending([(z[-1] - g).norm(dim=1) for g in z[:-1]], start)]
-            made["class means"] = [_descending([_to_class_mean(g, labels.to(g.device)) for g in z[:-1]], start)]
+        if all(x.moved for x in older):
+            z = [_seen(x.gallery, similarity) for x in older]
+            there = [_seen(x.link.query({(spec["t"], "main"): new.gallery}, x.at), similarity) for x in older]
+            made["oracle distance"] = [_descending([(a - b).norm(dim=1) for a, b in zip(there, z)], start)]
+            means = [_to_class_mean(x, labels.to(x.device), (start == i).to(x.device)) for i, x in enumerate(z)]
+            made["class means"] = [_descending(means, start)]
     return made
 
 
@@ -156,6 +168,7 @@ def record(plan: Plan, task: Task, store: Store, overrides: Sequence[str] = ()) 
         method=method_info(plan),
         seed=plan.seed,
         data_fingerprint=task.fingerprint,
+        primary_metric=plan.protocol.primary_metric,
         gallery=len(task.items(plan.split, "gallery")[0]),
         backfills=[curves.Backfill.model_validate(store.read_json(node, "backfill.json")) for node in nodes(plan)],
     )
@@ -181,18 +194,25 @@ def _descending(by_layer: Sequence[Tensor], start: Tensor) -> Tensor:
     return value.argsort(descending=True, stable=True)
 
 
-def _to_class_mean(z: Tensor, labels: Tensor) -> Tensor:
-    sums = z.new_zeros(int(labels.max()) + 1, z.shape[1]).index_add_(0, labels, z)
-    return (z - (sums / labels.bincount()[:, None].clamp(min=1))[labels]).norm(dim=1)
+def _to_class_mean(z: Tensor, labels: Tensor, held: Tensor) -> Tensor:
+    """(N,) distance of each item to the mean of those of its class that are `held` (N,) bool."""
+    sums = z.new_zeros(int(labels.max()) + 1, z.shape[1]).index_add_(0, labels[held], z[held])
+    counts = labels[held].bincount(minlength=len(sums))[:, None].clamp(min=1)
+    return (z - (sums / counts)[labels]).norm(dim=1)
 
 
 def _seen(z: Tensor, similarity: str) -> Tensor:
     return F.normalize(z) if similarity == "cosine" else z
 
 
-def _negative(was_right: np.ndarray, ranking: Ranking) -> float:
-    first = ranking.first.numpy()
-    return float((was_right & (first != 1))[first > 0].mean())
+def _negative(old: Ranking, new: Ranking) -> float:
+    """Share of the queries whose first answer was right and is wrong now."""
+    return float(((old.first == 1) & (new.first != 1))[new.first > 0].double().mean())
+
+
+def _metrics(ranking: Ranking) -> dict[str, float]:
+    found = ranking.metrics()
+    return {metric: float(found[metric] or 0) for metric in METRICS}
 
 
 def _cell_metrics(cell: Node, store: Store) -> dict[str, float]:

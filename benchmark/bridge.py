@@ -157,15 +157,29 @@ class Posthoc(Bridge):
     def serves(cls, dim: int, stored: int) -> bool:
         return dim == stored or not issubclass(adapters.KINDS[cls.adapter], Coordinatewise)
 
-    def fit(self) -> dict[str, Any]:
+    def unit_pairs(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the same images by both releases, (N, d_o) and (N, d_n), as the protocol's search sees them."""
         c = self.context
-        old, new = c.embeddings["old"].main(c.k or 0), c.embeddings["new"].main(c.t)  # (N, d_o), (N, d_n)
+        old, new = c.embeddings["old"].main(c.k or 0), c.embeddings["new"].main(c.t)
         if c.similarity == "cosine":
             old, new = F.normalize(old), F.normalize(new)
-        seed = derive_seed(c.seed, c.t, c.k, "fit") % 2**32  # as scikit-learn wants it
         if self.pairs is not None and self.pairs < len(old):
-            kept = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))[: self.pairs]
+            kept = self.shuffled(len(old))[: self.pairs]
             old, new = old[kept], new[kept]
+        return old, new
+
+    def shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+
+    @property
+    def seed(self) -> int:
+        return derive_seed(self.context.seed, self.context.t, self.context.k, "fit") % 2**32  # as scikit-learn wants it
+
+    def fit_to(self, old: Tensor, new: Tensor) -> None:
         source, target = (new, old) if self.side == "query" else (old, new)
-        self.step = adapters.fit(self.adapter, source, target, seed=seed, **self.settings)
-        return {"pairs": len(old)}
+        self.step = adapters.fit(self.adapter, source, target, seed=self.seed, **self.settings)
+
+    def fit(self) -> dict[str, Any]:
+        pairs = self.unit_pairs()
+        self.fit_to(*pairs)
+        return {"pairs": len(pairs[0])}

@@ -68,7 +68,7 @@ def study(
     protocol: Protocol, task: Task, store: Store, seeds: Sequence[int], *, jobs: int, threads: int | None, progress: Any
 ) -> PairsRecord:
     """Fit and score every map at every number of pairs."""
-    from benchmark import results, runner, training
+    from benchmark import bill, results, runner, training
     from benchmark.plan import MethodRun, build
 
     last = len(protocol.releases) - 1
@@ -102,7 +102,7 @@ def study(
                 if (name, side, pairs, seeds[0]) in nodes:
                     per_seed = [nodes[name, side, pairs, seed] for seed in seeds]
                     cells[str(pairs)] = {f"{last},{k}": [value(cells[k]) for cells in per_seed] for k in range(last)}
-            some = next(step for plan in [wanted[name, side, BUDGETS[-1], seeds[0]]] for step in results.steps(plan))
+            some = next(step for plan in [wanted[name, side, BUDGETS[-1], seeds[0]]] for step in bill.steps(plan))
             size = training.step_size(some, task)
             maps.append(
                 Map(

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ROOT / "benchmark" / "methods"
 FOLDERS = {"method": METHODS, "two-sided method": METHODS / "crossmodal", "task": ROOT / "tasks"}
 
+DAGGER = "†"
+RECONSTRUCTION = f"{DAGGER} reconstruction: the paper's text was not available; see the method's file"
 PARTS = ("SimCLR",)  # no rivals: trained as parts of other methods, or when asked for by name
 
 
@@ -32,6 +34,12 @@ class Entry:
     module: str
     summary: str
     variants: Mapping[str, Mapping[str, Any]]
+    reconstruction: bool  # the file's docstring says so: the paper's text was not available
+
+    @property
+    def mark(self) -> str:
+        """What tables show behind the name."""
+        return DAGGER if self.reconstruction else ""
 
 
 @functools.cache
@@ -39,11 +47,13 @@ def entries(kind: str) -> dict[str, Entry]:
     """Everything of a kind ("method", "two-sided method", "task") by name; the class of a file is the one named like the file."""
     found = {}
     for path in sorted(FOLDERS[kind].glob("[!_]*.py")):
-        for node in ast.parse(path.read_text()).body:
+        tree = ast.parse(path.read_text())
+        reconstruction = "reconstruction" in (ast.get_docstring(tree) or "").lower()
+        for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name.lower() == path.stem.replace("_", ""):
                 module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                found[node.name] = Entry(node.name, module, summary, _variants(node))
+                found[node.name] = Entry(node.name, module, summary, _variants(node), reconstruction)
     return found
 
 
@@ -62,6 +72,13 @@ def _variants(node: ast.ClassDef) -> dict[str, dict]:
 def names(kind: str) -> list[str]:
     """Every name that may be asked for, variants of methods included."""
     return [name for entry in entries(kind).values() for name in (entry.name, *entry.variants)]
+
+
+def mark(reference: str) -> str:
+    """The mark of the method that a record names as `module.Class`; none for one from outside."""
+    module = reference.rpartition(".")[0]
+    found = [*entries("method").values(), *entries("two-sided method").values()]
+    return next((entry.mark for entry in found if entry.module == module), "")
 
 
 def load(kind: str, name: str) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from benchmark import compatibility
 from benchmark.errors import UserError
@@ -14,7 +16,11 @@ from benchmark.files import write_json
 from benchmark.protocol import describe
 from benchmark.record import MethodInfo, Number, ProtocolInfo, Strict, SuiteInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+EDGES = (0.01, 0.02, 0.98, 0.99)  # shares beside those that areas need: some curves jump at their ends
+FALL = 1e-3  # by which a monotone curve may fall
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Curve(Strict):
@@ -22,13 +28,14 @@ class Curve(Strict):
 
     order: str  # random | own | oracle distance | class means
     draws: int
-    metrics: dict[str, list[Number]]  # at `Backfill.shares`, over all queries
-    negative_flips: list[Number]  # share of queries right by the old system and wrong here, primary metric at rank 1
+    metrics: dict[str, list[Share]]  # at `Backfill.shares`, over all queries
+    negative_flips: list[Share]  # share of queries right by the old system and wrong here, primary metric at rank 1
     area: dict[str, dict[str, Number]]  # metric -> stratum -> trapezoid over the shares
     area_spread: Number | None  # sample standard deviation of the primary metric's area over the draws
     fastfill_mean: dict[str, Number]  # metric -> plain mean of the 22 values at i/21
     relative_gain: dict[str, Number | None]  # metric -> (area - old/old) / (new/new - old/old)
-    monotone: bool  # the primary metric never falls by more than 0.001 from one share to the next
+    greatest_fall: Number  # of the primary metric below the best that it was at a lesser share
+    monotone: bool  # that is no more than FALL
 
 
 class Backfill(Strict):
@@ -36,12 +43,24 @@ class Backfill(Strict):
 
     release: int
     stored: list[int]
-    start: list[Number]  # share of the items that each of `stored` holds at the beginning
-    old_old: dict[str, Number]  # metric before the update: the first of `stored`, by its own queries
-    new_new: dict[str, Number]
-    shares: list[Number]
+    start: list[Share]  # share of the items that each of `stored` holds at the beginning
+    old_old: dict[str, Share]  # metric before the update: the same items, by queries of the newest of `stored`
+    new_new: dict[str, Share]
+    shares: list[Share]
     query_encoders: int  # run per query while the gallery is mixed
+    moved: bool  # whether stored items pass a map before the new queries can search them
     curves: list[Curve]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Backfill:
+        if self.shares[:1] != [0] or self.shares[-1:] != [1] or (np.diff(self.shares) <= 0).any():
+            raise ValueError("shares must rise from 0 to 1")
+        if len(self.start) != len(self.stored) or abs(sum(self.start) - 1) > 1e-6:
+            raise ValueError("start must give each of the stored releases its share")
+        for curve in self.curves:
+            if {len(v) for v in (*curve.metrics.values(), curve.negative_flips)} != {len(self.shares)}:
+                raise ValueError(f"the curve of order '{curve.order}' must have a value at each of the shares")
+        return self
 
 
 class BackfillRecord(Strict):
@@ -54,14 +73,16 @@ class BackfillRecord(Strict):
     seed: int
     data_fingerprint: str
     gallery: int
+    primary_metric: str = "cmc@1"
     backfills: list[Backfill]
 
     def save(self, path: Path) -> Path:
         write_json(path, self.model_dump(mode="json"))
         return path
 
-    def find(self, release: int, stored: list[int]) -> Backfill:
-        return next(b for b in self.backfills if b.release == release and b.stored == stored)
+    def find(self, release: int, stored: list[int]) -> Backfill | None:
+        """The backfill of one gallery; None where the method cannot serve it."""
+        return next((b for b in self.backfills if b.release == release and b.stored == stored), None)
 
 
 def load(path: Path) -> BackfillRecord:
@@ -71,19 +92,51 @@ def load(path: Path) -> BackfillRecord:
         UserError: not JSON, an unknown or ill-typed field, another schema version.
     """
     try:
-        record = BackfillRecord.model_validate_json(path.read_text())
+        data = json.loads(path.read_text())
+        version = data["schema_version"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a backfill record; `compatbench backfill` writes them") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {version}; this suite reads version {SCHEMA_VERSION}: run `compatbench backfill` again"
+        )
+    try:
+        return BackfillRecord.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: not a backfill record of schema {SCHEMA_VERSION}: {describe(error)}") from None
-    if record.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {record.schema_version}; this suite reads version {SCHEMA_VERSION}")
-    return record
+
+
+Gallery = tuple[int, tuple[int, ...]]  # the release that it passes to, the releases that stored its items
+Found = dict[tuple[str, str], dict[Gallery, list[tuple[Backfill, Curve]]]]
+
+
+def galleries(records: Sequence[BackfillRecord]) -> list[Gallery]:
+    """All that some record has a curve of: those of one release first, older queries before newer ones."""
+    found = {(b.release, tuple(b.stored)) for record in records for b in record.backfills}
+    return sorted(found, key=lambda gallery: (len(gallery[1]), *gallery))
+
+
+def by_order(records: Sequence[BackfillRecord]) -> Found:
+    """(method, order) -> gallery -> the curve of every seed."""
+    found: Found = {}
+    for record in records:
+        for backfill in record.backfills:
+            for curve in backfill.curves:
+                row = found.setdefault((record.method.name, curve.order), {})
+                row.setdefault((backfill.release, tuple(backfill.stored)), []).append((backfill, curve))
+    return found
+
+
+def title(gallery: Gallery) -> str:
+    """Counted from 1: "1,2→3"."""
+    return f"{','.join(str(k + 1) for k in gallery[1])}→{gallery[0] + 1}"
 
 
 def grid() -> np.ndarray:
-    """Shares of the gallery: twentieths, and FastFill's twenty-firsts."""
-    return np.unique(np.concatenate([np.arange(21) / 20, compatibility.FASTFILL_SHARES]))
+    """Shares of the gallery: twentieths, FastFill's twenty-firsts, and EDGES."""
+    return np.unique(np.concatenate([np.arange(21) / 20, compatibility.FASTFILL_SHARES, EDGES]))
 
 
 def summarise(
@@ -97,6 +150,7 @@ def summarise(
         metric: {name: _area(shares[twentieths], v.mean(0)[twentieths]) for name, v in strata.items()}
         for metric, strata in values.items()
     }
+    fall = float((np.maximum.accumulate(means[primary]) - means[primary]).max())
     single = [_area(shares[twentieths], draw[twentieths]) for draw in values[primary]["all"]]
     return Curve(
         order=order,
@@ -110,7 +164,8 @@ def summarise(
             m: compatibility.relative_backfill_gain(area[m]["all"], ends["old_old"][m], ends["new_new"][m])
             for m in means
         },
-        monotone=bool((np.diff(means[primary][twentieths]) > -1e-3).all()),
+        greatest_fall=fall,
+        monotone=fall <= FALL,
     )
 
 

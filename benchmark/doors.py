@@ -5,7 +5,7 @@ Light to import: torch and the rest come with the command that is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmark.errors import UserError
+from benchmark.files import same_file
 
 if TYPE_CHECKING:
     from benchmark.adapt import Fits
@@ -85,10 +86,20 @@ def audit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, help="draw overlap by way")
 
 
+def spare_inputs(args: Namespace, outputs: Sequence[str]) -> None:
+    """Refuses an output that is one of the inputs, by whatever path; all other options that are files count as inputs."""
+    for output in outputs:
+        out = args[output]
+        for name, value in vars(args).items():
+            if out and value and name not in outputs and isinstance(value, (str, Path)) and same_file(out, Path(value)):
+                raise UserError(f"--{output} {out} would replace --{name.replace('_', '-')}; choose another name")
+
+
 def command_audit(args: Namespace) -> None:
     from rich import get_console
 
     console = get_console()
+    spare_inputs(args, ("json", "png"))
     if (args.pairs_old is None) != (args.pairs_new is None):
         raise UserError("give both --pairs-old and --pairs-new, or a fitted --adapter")
     if args.png and not args.gallery_new:
@@ -128,9 +139,13 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     from rich import get_console
 
     console = get_console()
+    spare_inputs(args, ("out",))
     if args.apply:
         if args.old or args.new or not args.adapter:
             raise UserError("--apply takes a fitted --adapter, and neither --old nor --new")
+        for name in ("method", "side", "similarity", "pairs", "set"):
+            if args[name]:
+                raise UserError(f"--{name} is of the fit, and the adapter says it; leave it out with --apply")
         from benchmark.adapt import apply
 
         with bar(f"adapting {args.apply.name}") as progress:
@@ -145,6 +160,8 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
     with console.status("loading torch"):
         from benchmark import adapters
         from benchmark.adapt import fit
+    if args.out.exists() and not adapters.is_adapter(args.out):
+        raise UserError(f"{args.out}: holds something else than an adapter, which would be lost; choose another name")
     methods = args.method or ["Procrustes"]
     methods = list(adapters.KINDS) if "all" in methods else methods
     with bar("reading pairs") as progress:
@@ -163,9 +180,12 @@ def command_adapt(args: Namespace, settings: Mapping[str, Any]) -> None:
 def _show(console: Any, fits: Fits) -> None:
     from rich.table import Table
 
-    notes = fits.ranked[0].notes
-    table = Table(title=f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side")
-    for column in ("method", "overlap@10", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
+    from benchmark.adapt import reasons
+
+    notes, best = fits.ranked[0].notes, fits.ranked[0].judged
+    title = f"{notes['pairs']} pairs, {notes['held out']} of them held out, {notes['side']} side"
+    table = Table(title=f"{title}; overlap@{best.k} by chance: {best.chance:.3f}")
+    for column in ("method", f"overlap@{best.k}", "fidelity", "numbers stored", "multiply-adds", "fit, s"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for fit in fits.ranked:
         table.add_row(
@@ -173,12 +193,12 @@ def _show(console: Any, fits: Fits) -> None:
             f"{fit.adapter.multiply_adds:,}", f"{fit.seconds:.2f}",
         )  # fmt: skip
     table.caption = (
-        "overlap@10 of held-out items with the target model's own ranking; fidelity: mean cosine with its own vectors; "
-        "multiply-adds: per vector"
+        f"overlap@{best.k} of held-out items with the target model's own ranking; fidelity: mean cosine with its "
+        "own vectors; multiply-adds: per vector"
     )
     console.print(table)
-    for name, reason in fits.refused.items():
-        console.print(f"{name} left out: {reason}", soft_wrap=True, markup=False, highlight=False)
+    for reason in reasons(fits.refused):
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager

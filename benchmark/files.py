@@ -31,6 +31,14 @@ def write_json(path: Path, data: object) -> None:
     write_bytes(path, (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file: also by links, hard ones too; of files that may not exist yet."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return a.resolve() == b.resolve()
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -163,6 +163,11 @@ class Method(lightning.LightningModule):
         self.done = 0.0  # share of training behind us, in [0, 1): schedules that hang on it fit any number of epochs
 
     @classmethod
+    def searched(cls, **hyperparameters: Any) -> Mapping[str, tuple]:
+        """The part of `space` that has a meaning at these settings."""
+        return cls.space
+
+    @classmethod
     def requires(cls, t: int, **hyperparameters: Any) -> Mapping[str, Need]:
         """What training release t needs, by the name under which `Context` hands it over."""
         return {}

@@ -7,7 +7,7 @@ addition per item, whatever the number of stages; `retrieval.rank` of every stag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,13 +16,20 @@ from torch import Tensor
 from benchmark.retrieval import Cell, Ranking
 
 
-def rank_mixtures(layers: Sequence[Cell], start: Tensor, turns: Tensor, stages: int) -> list[list[Ranking]]:
+def rank_mixtures(
+    layers: Sequence[Cell],
+    start: Tensor,
+    turns: Tensor,
+    stages: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[Ranking]]:
     """Rankings of one gallery by order of re-embedding and stage, [K][S].
 
     layers: for each release that an item can be embedded by, a `Cell` of one block with all items in order, by that
         release's vectors and the query vectors that serve them; the last is the release to which the gallery passes.
     start: (Ng,) integers, the layer that each item is in at the beginning, but the last.
     turns: (K, Ng) integers in [0, S], the stage from which on an item is in the last layer; S = at none of them.
+    report: called with (queries done, of how many).
 
     Raises ValueError if the layers are not of the same queries and items, or `start` or `turns` name none of them.
     """
@@ -42,11 +49,12 @@ def rank_mixtures(layers: Sequence[Cell], start: Tensor, turns: Tensor, stages: 
     best = torch.empty(len(turns), stages, first.nq, dtype=torch.int64)
     positives = torch.empty(first.nq, dtype=torch.int64)
 
-    def work(rows: slice, before: Tensor, after: Tensor) -> None:
+    def work(rows: slice, before: Tensor, after: Tensor) -> int:
         columns, own = first.columns(torch.arange(rows.start, rows.stop)), first.own[rows]
         found = ap[:, :, rows], best[:, :, rows], positives[rows]
         arrays = (x.numpy() for x in (before, after, columns, own))
         kernels.mixtures(*arrays, made, stages, *(x.numpy() for x in found))
+        return rows.stop
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for at in range(0, first.nq, size):
@@ -58,5 +66,6 @@ def rank_mixtures(layers: Sequence[Cell], start: Tensor, turns: Tensor, stages: 
             last.score(rows, after)
             parts = before.cpu().split(few), after.cpu().split(few)
             slices = [slice(int(part[0]), int(part[-1]) + 1) for part in rows.split(few)]
-            list(pool.map(work, slices, *parts))
+            for done in pool.map(work, slices, *parts):
+                report(done, first.nq)
     return [[Ranking(ap[k, s], best[k, s], positives) for s in range(stages)] for k in range(len(turns))]

@@ -118,6 +118,7 @@ def make_parser() -> ArgumentParser:
     backfill.add_argument("--method", nargs="+", default=[], help="names of methods")
     work_options(backfill)
     change_options(backfill)
+    backfill.add_argument("--tuned", action="store_true", help="at the settings that `tune` chose on the protocol")
     backfill.add_argument("--publish", action="store_true", help="also write the records into the leaderboard")
     backfill.add_argument("--plan", type=Path, help="a YAML file: forecast of one backfill in hours; needs no data")
     backfill.add_argument("--png", type=Path, help="the chart (default: backfill.png beside the records)")

@@ -1,7 +1,7 @@
 """A protocol, a method and a seed become a graph of nodes: train, embed, means, score. No node is ever computed twice.
 
-A node's id is a hash of everything that decides its outcome: its settings, the data's fingerprint, the code of its method and
-the ids of its inputs. Old releases, oracles, old embeddings and class means therefore coincide for all methods.
+A node's id is a hash of what decides its outcome: its settings, the data's fingerprint, the code of its method, the engine's
+revision and the ids of its inputs. Old releases, oracles, old embeddings and class means therefore coincide for all methods.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmark.errors import UserError
 from benchmark.method import OLD, Method, Need
 from benchmark.protocol import Protocol, digest, to_json
 
-# Raised when a change of the engine (method.py, task.py, images.py, heads.py, backbones.py, retrieval.py) changes results.
+# Raised when a change of the engine changes results: method.py, task.py, images.py, heads.py, backbones.py, retrieval.py, and
+# what maps between releases are made of: bridge.py, adapters/, fusion.py. Ids know the code of methods alone.
 REVISION = 1
 Mode = Literal["chain", "pairwise"]
 
@@ -199,6 +200,8 @@ class _Builder:
         dims = [((queries if a == t else galleries)[a].spec["dim"], galleries[b].spec["dim"]) for a, b in hops]
         if not all(cls.serves(new, old) for new, old in dims):
             return None  # unequal dims without a declared link
+        if len(hops) > 1 and self.mode == "pairwise" and not cls.keeps_releases(**settings):
+            return None  # each hop would start from a release that the hop before it does not lead to
         if t == k and cls.keeps_releases(**settings):
             return self.cell(self.independent, queries, galleries, t, k)
         links = [self.step(method, a, b) for a, b in hops]

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmark import compatibility
+from benchmark import catalog, compatibility, curves
 from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
@@ -113,7 +113,8 @@ def summary_table(records: Sequence[Record], metric: str, stratum: str = "all") 
         table.add_column(column, justify="right", no_wrap=True)
     for name, group in rows.items():
         figures = _figures(group, metric, stratum)
-        table.add_row(name, *(figures[column] for column in columns))
+        mark = catalog.mark(group[0].method.reference)
+        table.add_row(name + mark, *(figures[column] for column in columns))
     table.caption_justify = "left"
     table.caption = (
         f"new/old: queries of the last release, gallery of the first. AC: share of cross cells above the old system's own "
@@ -122,6 +123,8 @@ def summary_table(records: Sequence[Record], metric: str, stratum: str = "all") 
     )
     if "AC95" in columns:
         table.caption += " AC95: as AC, beyond the queries' 95 % intervals, also against independent training."
+    if any(catalog.mark(group[0].method.reference) for group in rows.values()):
+        table.caption += f" {catalog.RECONSTRUCTION}."
     return table
 
 
@@ -266,29 +269,17 @@ def png(figure: Any) -> bytes:
 def backfill_table(records: Sequence[BackfillRecord], metric: str) -> Table:
     """Area under each curve in points, mean over seeds, one line for each method and order."""
     table = Table(title=f"{records[0].protocol.id}: mean {metric} in % over the backfill", box=box.SIMPLE_HEAD)
-    galleries = [(b.release, tuple(b.stored)) for b in records[0].backfills]
+    galleries = curves.galleries(records)
     table.add_column("method, order", overflow="fold")
-    for t, stored in galleries:
-        table.add_column(f"{','.join(str(k + 1) for k in stored)}→{t + 1}", justify="right")
+    for gallery in galleries:
+        table.add_column(curves.title(gallery), justify="right")
     for name, what in (("old/old", "old_old"), ("new/new", "new_new")):
-        cells = [np.mean([getattr(r.find(t, list(s)), what)[metric] for r in records]) for t, s in galleries]
-        table.add_row(f"[dim]{name} of these methods[/]", *(f"{100 * value:.1f}" for value in cells))
-    for (name, order), areas in backfill_areas(records, metric).items():
-        table.add_row(f"{name}, {order}", *(f"{100 * np.mean(a):.1f}" if a else "–" for a in areas.values()))
+        ends = [[getattr(b, what)[metric] for r in records if (b := r.find(t, list(s)))] for t, s in galleries]
+        table.add_row(f"[dim]{name} of these methods[/]", *(f"{100 * np.mean(values):.1f}" for values in ends))
+    for (name, order), found in curves.by_order(records).items():
+        areas = [[curve.area[metric]["all"] for _, curve in found.get(gallery, ())] for gallery in galleries]
+        table.add_row(f"{name}, {order}", *(f"{100 * np.mean(one):.1f}" if one else "–" for one in areas))
     return table
-
-
-def backfill_areas(records: Sequence[BackfillRecord], metric: str) -> dict[tuple[str, str], dict[Any, list[float]]]:
-    """(method, order) -> gallery -> area of each seed."""
-    areas: dict[tuple[str, str], dict[Any, list[float]]] = {}
-    for record in records:
-        for backfill in record.backfills:
-            for curve in backfill.curves:
-                row = areas.setdefault(
-                    (record.method.name, curve.order), {(b.release, tuple(b.stored)): [] for b in record.backfills}
-                )
-                row[backfill.release, tuple(backfill.stored)].append(curve.area[metric]["all"])
-    return areas
 
 
 def backfill_figure(records: Sequence[BackfillRecord], metric: str) -> Figure:
@@ -298,21 +289,22 @@ def backfill_figure(records: Sequence[BackfillRecord], metric: str) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    galleries = [(b.release, b.stored) for b in records[0].backfills]
-    names, metrics = list(dict.fromkeys(r.method.name for r in records)), list(dict.fromkeys([metric, "map"]))
+    found, galleries = curves.by_order(records), curves.galleries(records)
+    metrics = list(dict.fromkeys([metric, "map"]))
+    names = list(dict.fromkeys(name for name, _ in found))
     height = 3.2 * len(metrics) + 0.8 + 0.05 * len(names)
     figure = Figure(figsize=(4.2 * len(galleries), height), layout="constrained")
     axes = figure.subplots(len(metrics), len(galleries), sharex=True, sharey="row", squeeze=False)
     lines = {}
     for column, (t, stored) in zip(axes.T, galleries):
         for i, name in enumerate(names):
-            found = [r.find(t, stored) for r in records if r.method.name == name]
-            order = "own" if any(c.order == "own" for c in found[0].curves) else "random"
-            picked = [next(c for c in one.curves if c.order == order) for one in found]
+            order = "own" if (name, "own") in found else "random"
+            pairs = found[name, order].get((t, stored))
             style = {"color": f"C{i % 10}", "ls": ("-", "--", ":", "-.")[i // 10 % 4], "lw": 1.6}
             for axis, shown in zip(column, metrics):
-                y = 100 * np.mean([curve.metrics[shown] for curve in picked], axis=0)
-                (lines[f"{name} ({order})"],) = axis.plot(100 * np.array(found[0].shares), y, **style)
+                if pairs:
+                    y = 100 * np.mean([curve.metrics[shown] for _, curve in pairs], axis=0)
+                    (lines[f"{name} ({order})"],) = axis.plot(100 * np.array(pairs[0][0].shares), y, **style)
         column[0].set_title(f"gallery of {' and '.join(str(k + 1) for k in stored)}, queries of {t + 1}", fontsize=10)
         column[-1].set_xlabel("re-embedded items, %")
         for axis in column:

@@ -67,30 +67,42 @@ class LinkInfo(Strict):
 
     release: int
     stored: int  # the older release it leads to
-    parameters: int
+    parameters: int  # numbers that serve, weights as they are multiplied; running statistics of batch norm not counted
     multiply_adds: dict[str, int]  # "query", "gallery": per vector of that side, which passes it
     pairs: int | None  # embeddings by both releases that a closed form was fitted to
     recipe: dict[str, Any] | None  # of a trained one
     losses: dict[str, list[Number]]
     weights_sha256: str
+    fusion: list[Number] | None = None  # weights of a fusion with the old query, chosen on held-out pairs
 
 
 class Cost(Strict):
-    """Billed as if the row were run alone. Per release from the first new one on, except `training_images`."""
+    """Billed as if the row were run alone, by release where it is a list.
+
+    Parameters are those of the release and of the maps that its update adds, to every older release where they are direct.
+    Trained: what a gradient or a closed form sets, a release that a map starts from included; an encoder of side information
+    counts where it was trained. Released: what is stored to serve with, an encoder of side information included; running
+    statistics of batch norm are not counted. Embedding the training images once, for class means or for maps fitted to stored
+    embeddings, is billed neither as training images nor as teacher forwards.
+    """
 
     training_images: int  # seen in training, the releases it builds on and oracles it needs included
     teacher_forwards: int  # images through frozen old models and oracles during training
     trained_parameters: list[int]
     released_parameters: list[int]
-    bytes_per_item: list[int]  # float32, by release
+    bytes_per_item: list[
+        int
+    ]  # float32: what is searched, originals that the next update's direct maps read, side information
     query_encoders: int  # run per query, at most
-    query_multiply_adds: list[int]
+    query_multiply_adds: list[int]  # encoders and maps, of the dearest gallery
     items_reembedded: int
     vectors_rewritten: int
     tuning_images: int = 0  # seen in the trials that chose the settings
     gallery_multiply_adds: list[int] = Field(
         default_factory=list
-    )  # by release: per stored item that its update moves, at most
+    )  # per stored item that the release's update moves, at most
+    # per item written by the release: its encoder and those of side information; empty where the encoder is alone
+    ingest_multiply_adds: list[int] = Field(default_factory=list)
 
 
 class Timing(Strict):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark import __version__, catalog, compatibility, outputs, training
-from benchmark.bridge import Side
+from benchmark import __version__, catalog, compatibility, outputs
+from benchmark.bill import cost, link_info, row_nodes, steps
 from benchmark.curves import BackfillRecord
 from benchmark.errors import UserError
 from benchmark.files import sha256_file, write_bytes
@@ -24,8 +24,6 @@ from benchmark.protocol import LEADERBOARDS, Protocol, derive_seed, to_json
 from benchmark.record import (
     METRICS_VERSION,
     SCHEMA_VERSION,
-    Cost,
-    LinkInfo,
     Matrix,
     MethodInfo,
     ProtocolInfo,
@@ -37,7 +35,6 @@ from benchmark.record import (
 from benchmark.store import Store
 from benchmark.task import Task
 
-EMBEDDED = ("main", "image", "text")  # views that are a release's own embeddings; others are side information
 ROOT = Path(__file__).resolve().parent.parent
 Cells = Mapping[tuple[int, int], Node | None]
 
@@ -212,81 +209,6 @@ def release_info(node: Node, task: Task, store: Store) -> ReleaseInfo:
         losses={term: [epoch[term] for epoch in facts["history"]] for term in terms},
         weights_sha256=sha256_file(store.folder(node) / "encoder.safetensors"),
     )
-
-
-def steps(plan: Plan) -> list[Node]:
-    """The nodes of links between releases, by release; none but for a `Bridge`."""
-    found = {node.id: node for node in row_nodes(plan) if "k" in node.spec and node.kind in ("train", "fit")}
-    return sorted(found.values(), key=lambda node: (node.spec["t"], node.spec["k"]))
-
-
-def follows(step: Node) -> bool:
-    """Whether a step leads to the release right before."""
-    return step.spec["t"] == step.spec["k"] + 1
-
-
-def link_info(node: Node, task: Task, store: Store) -> LinkInfo:
-    facts, size = store.read_json(node, "train.json"), training.step_size(node, task)
-    terms = list(facts["history"][0]) if facts["history"] else []
-    return LinkInfo(
-        release=node.spec["t"],
-        stored=node.spec["k"],
-        parameters=size.parameters,
-        multiply_adds={str(side): count for side, count in size.multiply_adds.items()},
-        pairs=facts.get("pairs"),
-        recipe=facts.get("recipe"),
-        losses={term: [epoch[term] for epoch in facts["history"]] for term in terms},
-        weights_sha256=sha256_file(store.folder(node) / "link.safetensors"),
-    )
-
-
-def cost(plan: Plan, task: Task, store: Store) -> Cost:
-    trained = {n.id: store.read_json(n, "train.json") for n in row_nodes(plan) if n.kind in ("train", "frozen")}
-    sizes = [training.size(node, task) for node in plan.releases]
-    adds = [size.multiply_adds for size in sizes]
-    method, releases = plan.method, range(len(plan.releases))
-    views = {(t, k): method.cls.query_views(t, k, **method.hyperparameters) for t, k in plan.cells}
-    extra: dict[Side, list[int]] = {"query": [0] * len(sizes), "gallery": [0] * len(sizes)}
-    for (t, _), cell in plan.cells.items():
-        passed = (
-            [training.step_size(node, task) for name, node in cell.inputs.items() if "k" in node.spec] if cell else []
-        )
-        for side, most in extra.items():
-            most[t] = max(most[t], sum(size.multiply_adds.get(side, 0) for size in passed))
-    queries = [
-        max(sum(adds[r] for r in {r for r, _ in views[t, k]} | {t}) for k in range(t + 1)) + extra["query"][t]
-        for t in releases
-    ]
-    moves = sum(  # updates that move every stored item
-        "gallery" in training.step_size(node, task).multiply_adds for node in steps(plan) if follows(node)
-    )
-    beside = max((side_dims(cell) for cell in plan.cells.values() if cell), default=0)
-    return Cost(
-        training_images=sum(facts["images_seen"] for facts in trained.values()),
-        teacher_forwards=sum(facts["teacher_forwards"] for facts in trained.values()),
-        trained_parameters=[size.trained_parameters for size in sizes],
-        released_parameters=[size.released_parameters for size in sizes],
-        bytes_per_item=[4 * (node.spec["dim"] + beside) for node in plan.releases],
-        query_encoders=max(len({release for release, _ in view}) for view in views.values()),
-        query_multiply_adds=queries,
-        items_reembedded=0,
-        vectors_rewritten=moves * len(task.items(plan.split, "gallery")[0]),
-        tuning_images=method.tuning_images,
-        gallery_multiply_adds=extra["gallery"] if moves else [],
-    )
-
-
-def side_dims(cell: Node) -> int:
-    """Numbers stored per item beside its embedding: side information, by an encoder that no release is."""
-    main = {node.inputs["encoder"].id for name, node in cell.inputs.items() if name.rpartition("/")[2] in EMBEDDED}
-    stored = [node.inputs["encoder"] for name, node in cell.inputs.items() if name.startswith("gallery/")]
-    return sum(encoder.spec["dim"] for encoder in stored if encoder.id not in main)
-
-
-def row_nodes(plan: Plan) -> list[Node]:
-    """Every node that this row needs if it is run alone: its releases, their inputs, its cells; not the bounds."""
-    ends = [*plan.releases, *(node for node in plan.cells.values() if node is not None)]
-    return list({node.id: node for end in ends for node in end.walk()}.values())
 
 
 def timing(plan: Plan, store: Store, task: Task) -> Timing:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmark import catalog
@@ -290,7 +290,12 @@ def size(node: Node, task: Task) -> Size:
 
 
 class StepSize(NamedTuple):
-    parameters: int
+    """What a step between two releases is, known without fitting it."""
+
+    trained_parameters: (
+        int  # set by a gradient or a closed form; of a release with a step of its own, the release's too
+    )
+    parameters: int  # of the maps that serve
     multiply_adds: Mapping[Side, int]  # side -> per vector that passes
 
 
@@ -299,8 +304,28 @@ def step_size(node: Node, task: Task) -> StepSize:
     with torch.random.fork_rng(devices=[]):
         method = build(node, Context(**bare_context(node.spec, task)))
     assert isinstance(method, Bridge)
-    adds = {side: multiply_adds(module) for side, module in method.passed().items()}
-    return StepSize(sum(w.numel() for w in method.link().state_dict().values()), adds)
+    passed = method.passed()
+    weights = method.link().buffers(recurse=False)  # of a link that does more than its maps: a fusion's
+    serving = sum(numbers(module) for module in passed.values()) + sum(weight.numel() for weight in weights)
+    fitted = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    adds = {side: multiply_adds(module) for side, module in passed.items()}
+    return StepSize(serving if method.closed_form else fitted, serving, adds)
+
+
+def numbers(module: nn.Module) -> int:
+    """Numbers of a map: its parameters, one under a constraint once, as the matrix that serves; buffers where a closed form keeps
+    its solution. Running statistics of batch norm are not counted, as they are not in releases.
+    """
+    total = 0
+    for name, part in module.named_modules():
+        if "parametrizations" in name.split("."):
+            continue  # what a constrained weight is made from
+        total += sum(p.numel() for p in part.parameters(recurse=False))
+        if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+            total += sum(b.numel() for b in part.buffers(recurse=False))
+        if parametrize.is_parametrized(part):
+            total += sum(getattr(part, weight).numel() for weight in part.parametrizations)
+    return total
 
 
 def _quiet() -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from benchmark import catalog, compatibility
+from benchmark.bill import row_nodes
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 from benchmark.plan import MethodRun, Plan, build
 from benchmark.protocol import LEADERBOARDS, Protocol, derive_seed, to_json
-from benchmark.results import matrices_of, row_nodes
+from benchmark.results import matrices_of
 from benchmark.runner import Progress, execute
 from benchmark.store import Store
 from benchmark.task import Task
@@ -40,9 +41,10 @@ def settings(name: str) -> list[dict[str, Any]]:
         UserError: the method declares no space.
     """
     cls, default = catalog.method(name)
-    if not cls.space:
+    space = cls.searched(**default)
+    if not space:
         raise UserError(f"{name} declares no tuning space (`space` in its file), so there is nothing to tune")
-    drawn = [default | dict(zip(cls.space, values)) for values in itertools.product(*cls.space.values())]
+    drawn = [default | dict(zip(space, values)) for values in itertools.product(*space.values())]
     others = [one for one in drawn if one != default]
     random.Random(derive_seed(SEED, "tuning", name)).shuffle(others)
     return [default, *others[: TRIALS - 1]]

@@ -1,9 +1,10 @@
 """Files of embeddings, read and written in chunks, so that they may be larger than memory: .npy, .safetensors, Parquet.
 
 - .npy: one (N, D) matrix of floats; no ids. Nothing is ever unpickled.
-- .safetensors: tensor "embeddings" (N, D), or the only "view/<release>/main"; optional "ids" (N,) integers; other tensors of
-  N rows are its columns.
-- .parquet: a column "vector" (fixed-size or plain list of floats), optional "id" (integers or text), any other columns.
+- .safetensors: tensor "embeddings" (N, D), or the only "view/<release>/main"; optional "ids" or "id" (N,) integers; other
+  tensors of N rows are its columns.
+- .parquet: a column "vector" (fixed-size or plain list of floats), optional "id" or "ids" (integers or text), any other
+  columns (`benchmark.parquet`).
 
 Chunks are float32 and finite. A `Writer` copies a file with other vectors in place of its own, everything else kept.
 """
@@ -16,16 +17,13 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from benchmark.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Array = NDArray[np.float32]
 CHUNK = 2**20  # numbers in a chunk: 4 MiB in float32
@@ -38,6 +36,8 @@ class Vectors:
     """N embeddings of D dims in a file; opening reads its header only."""
 
     dtype: np.dtype = np.dtype(np.float32)  # of what is stored, as far as a copy keeps it: float16 or float32
+    random_access = True  # `take` reads no more than the rows asked for
+    id_name: str | None = None  # of the column with ids
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,6 +78,11 @@ class Vectors:
                 )
             )
         return self._column(name)
+
+    def few(self, name: str, most: int) -> NDArray | None:
+        """The column if it has at most so many values, all of them short; else None, without holding it in memory."""
+        values = self._column(name)
+        return values if len(np.unique(values)) <= most else None
 
     def _column(self, name: str) -> NDArray:
         raise NotImplementedError
@@ -142,7 +147,8 @@ class Raw(Vectors):
     def _floats(self, part: NDArray) -> Array:
         if self.stored.kind == "u":  # bfloat16: the upper half of a float32
             return (part.astype(np.uint32) << 16).view(np.float32)
-        return part.astype(np.float32)
+        with np.errstate(over="ignore"):  # refused as infinity, in a line of our own
+            return part.astype(np.float32)
 
 
 class Npy(Raw):
@@ -173,6 +179,7 @@ class Safetensors(Raw):
         self.name = "embeddings" if "embeddings" in names or len(views) != 1 else views[0]
         if self.name not in names:
             raise UserError(f"{path}: has no tensor named 'embeddings', only {', '.join(names) or 'nothing'}")
+        self.id_name = next((name for name in ("ids", "id") if name in names), None)
         entry = self.header[self.name]
         floats = entry["dtype"] in ("F16", "BF16", "F32", "F64")
         self._set(tuple(entry["shape"]), self._type(entry), self.start + entry["data_offsets"][0], floats)
@@ -184,7 +191,7 @@ class Safetensors(Raw):
 
     @property
     def columns(self) -> list[str]:
-        known = (self.name, "ids")
+        known = (self.name, self.id_name)
         return [name for name, entry in self.header.items() if name not in known and entry["shape"] == [len(self)]]
 
     def _column(self, name: str) -> NDArray:
@@ -193,94 +200,15 @@ class Safetensors(Raw):
         return values if entry["dtype"][0] in "IU" else values.astype(str)
 
     def _ids(self) -> NDArray | None:
-        if "ids" not in self.header:
+        if self.id_name is None:
             return None
-        if self.header["ids"]["shape"] != [len(self)] or self.header["ids"]["dtype"][0] not in "IU":
-            raise UserError(f"{self}: 'ids' must be {len(self)} integers, one a row")
-        return self._column("ids").astype(np.int64)
+        entry = self.header[self.id_name]
+        if entry["shape"] != [len(self)] or entry["dtype"][0] not in "IU":
+            raise UserError(f"{self}: '{self.id_name}' must be {len(self)} integers, one a row")
+        return self._column(self.id_name).astype(np.int64)
 
 
-class Parquet(Vectors):
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.schema = self._open().schema_arrow
-        names = self.schema.names
-        if "vector" not in names:
-            raise UserError(f"{path}: has no column 'vector', only {', '.join(names) or 'nothing'}; rename yours")
-        import pyarrow as pa
-
-        self.type = self.schema.field("vector").type
-        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        if not any(kind(self.type) for kind in lists) or not pa.types.is_floating(self.type.value_type):
-            raise UserError(f"{path}: the column 'vector' must hold lists of floats, not {self.type}")
-        self.rows = self._open().metadata.num_rows
-        if not self.rows:
-            raise UserError(f"{path}: holds no rows")
-        if pa.types.is_float16(self.type.value_type):
-            self.dtype = np.dtype(np.float16)
-        if pa.types.is_fixed_size_list(self.type):
-            self.dim = self.type.list_size
-        else:
-            self.dim = len(next(self.batches(["vector"], 1)).column(0)[0].as_py() or ())
-        if not self.dim:
-            raise UserError(f"{path}: row 0 has no vector; every row needs one")
-
-    def _open(self) -> Any:
-        import pyarrow.parquet as pq
-
-        # without pre-buffering, and with a small buffer, a row group need not fit into memory
-        return pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20)
-
-    def batches(self, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        return self._open().iter_batches(rows, columns=columns, use_threads=False)
-
-    def _chunks(self, rows: int, start: int) -> Iterator[Array]:
-        import pyarrow.compute as pc
-
-        at = 0
-        for batch in self.batches(["vector"], rows):
-            lists = batch.column(0)
-            if lists.null_count or pc.any(pc.not_equal(pc.list_value_length(lists), self.dim)).as_py():
-                lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-                row = int((lengths != self.dim).argmax())
-                raise UserError(
-                    f"{self}: row {at + row} has {lengths[row]} dims, the first has {self.dim}; all need the same"
-                )
-            values = lists.flatten()
-            if values.null_count:
-                row = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // self.dim
-                raise UserError(f"{self}: the vector of row {at + row} has a null in it; remove such rows")
-            chunk = values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, self.dim)
-            if at + len(chunk) > start:
-                yield chunk[max(0, start - at) :]
-            at += len(chunk)
-
-    @property
-    def columns(self) -> list[str]:
-        return [name for name in self.schema.names if name not in ("vector", "id")]
-
-    def _column(self, name: str) -> NDArray:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        column = self._open().read([name]).column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_integer(column.type) and not column.null_count:
-            return column.to_numpy()
-        try:
-            return pc.fill_null(column.cast(pa.string()), "null").to_numpy().astype(str)
-        except pa.ArrowException:
-            raise UserError(f"{self}: the column '{name}' of type {column.type} holds no names; take another") from None
-
-    def _ids(self) -> NDArray | None:
-        if "id" not in self.schema.names:
-            return None
-        ids = self._column("id")
-        return ids.astype(np.int64) if ids.dtype.kind in "iu" else ids
-
-
-KINDS: dict[str, type[Vectors]] = {".npy": Npy, ".safetensors": Safetensors, ".parquet": Parquet}
+SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
 def open_vectors(path: str | Path) -> Vectors:
@@ -289,10 +217,14 @@ def open_vectors(path: str | Path) -> Vectors:
     Raises UserError: one line that names the file: missing, unreadable, of another format, without embeddings.
     """
     path = Path(path)
-    if path.suffix not in KINDS:
-        raise UserError(f"{path}: is none of {', '.join(KINDS)}; pickles (.pt, .pkl) are not opened")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: is none of {', '.join(SUFFIXES)}; pickles (.pt, .pkl) are not opened")
     try:
-        return KINDS[path.suffix](path)
+        if path.suffix == ".parquet":
+            from benchmark.parquet import Parquet
+
+            return Parquet(path)
+        return (Npy if path.suffix == ".npy" else Safetensors)(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError, EOFError, SafetensorError) as error:  # pyarrow's are OSError or ValueError
@@ -316,7 +248,9 @@ def align(a: Vectors, b: Vectors) -> tuple[Rows, Rows, str]:
                 f"{a} has {len(a)} rows and {b} has {len(b)}, and without ids in both nobody knows which belong together: "
                 "add ids, or write both in the same order"
             )
-        return None, None, f"row i of {a.path.name} and of {b.path.name} is taken for the same item (no ids)"
+        known = [file.path.name for file in (a, b) if file.id_name]
+        ids = f"only {known[0]} has ids" if known else "no ids"
+        return None, None, f"row i of {a.path.name} and of {b.path.name} is taken for the same item ({ids})"
     if (a.ids.dtype.kind == "U") != (b.ids.dtype.kind == "U"):
         raise UserError(f"the ids of {a} and {b} are text on one side and integers on the other; write them alike")
     if np.array_equal(a.ids, b.ids):

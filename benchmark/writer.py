@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from benchmark.errors import UserError
-from benchmark.files import write_json
-from benchmark.vectors import Array, Parquet, Raw, Safetensors, Vectors
+from benchmark.files import same_file, write_json
+from benchmark.vectors import Array, Raw, Safetensors, Vectors
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-NOTE = 2.0  # seconds of work that a kill may cost
+NOTE = 2.0  # seconds of work that a kill may cost, besides that on a row group
+PIECE = 2**22  # bytes copied at a time
 
 
 class Writer:
@@ -31,8 +29,8 @@ class Writer:
 
     What is written goes to a hidden partial file beside `out` and is renamed at the end of the `with` block, so an older
     `out` stays whole until then. If a copy was interrupted, `done` rows of the partial file are good and the caller goes on
-    behind them, provided that `key` (of what makes the vectors) and the input's path, size and time are the same. Parquet
-    has its index at the end of the file and starts again. float16 stays float16, all else becomes float32.
+    behind them, provided that `key` (of what makes the vectors) and the input's path, size and time are the same. An input
+    that is refused midway (a `UserError` in the block) leaves nothing. float16 stays float16, all else becomes float32.
 
     Raises UserError: another suffix than the input's, the input itself as output, no space, another writer at work.
     """
@@ -42,7 +40,7 @@ class Writer:
             raise UserError(
                 f"{out}: the output has the input's format; name it {out.with_suffix(like.path.suffix).name}"
             )
-        if out.resolve() == like.path.resolve():
+        if same_file(out, like.path):
             raise UserError(f"{out}: would replace its own input, which a rollback needs; choose another name")
         self.out, self.like, self.dim = out, like, dim
         self.partial = out.with_name(f".{out.name}.partial")
@@ -51,6 +49,7 @@ class Writer:
         source = f"{key} {like.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {dim}"
         self.key = hashlib.sha256(source.encode()).hexdigest()
         self.done = 0
+        self.failed = False  # to write, which more space may mend, so that what is written stays
 
     def __enter__(self) -> Writer:
         with self._explained():
@@ -60,8 +59,38 @@ class Writer:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.out}: another process is writing it; wait for its end") from None
-            self.form = _RawForm(self) if isinstance(self.like, Raw) else _ParquetForm(self)
+        try:
+            with self._explained():
+                self.form = self._form()
+        except BaseException:
+            if not self.done:
+                self._leave_nothing()
+            raise
         return self
+
+    def _form(self) -> Any:
+        if isinstance(self.like, Raw):
+            return _RawForm(self)
+        from benchmark.parquet import ParquetForm
+
+        return ParquetForm(self)
+
+    def noted(self) -> dict[str, Any]:
+        """What an interrupted run has promised, if it did the same work."""
+        try:
+            notes = json.loads(self.notes.read_text())
+            return notes if notes["key"] == self.key else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def promise(self, **notes: Any) -> None:
+        os.fsync(self.file.fileno())  # rows first: a note never promises what is not on the disk
+        write_json(self.notes, {"key": self.key, **notes})
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two notes."""
+        return NOTE
 
     def write(self, vectors: Array) -> None:
         """The next rows (n, dim)."""
@@ -70,12 +99,15 @@ class Writer:
                 f"expected rows of {self.dim} dims, {len(self.like) - self.done} at most, got {vectors.shape}"
             )
         with self._explained():
-            self.form.write(vectors.astype(self.like.dtype))
-        self.done += len(vectors)
-        self.form.note(self.done)
+            self.form.write(vectors.astype(self.like.dtype, copy=False))
+            self.done += len(vectors)
+            self.form.note()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         whole = error is None and self.done == len(self.like)
+        if isinstance(error, UserError) and not self.failed:
+            self._leave_nothing()
+            return
         with self._explained():
             self.form.close(whole)
             if whole:
@@ -87,11 +119,17 @@ class Writer:
         if error is None and not whole:
             raise ValueError(f"{self.done} of {len(self.like)} rows were written")
 
+    def _leave_nothing(self) -> None:
+        self.partial.unlink(missing_ok=True)
+        self.notes.unlink(missing_ok=True)
+        self.file.close()
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            self.failed = True
             raise UserError(
                 f"cannot write {self.out}: {error.strerror or error}; free space or choose another folder"
             ) from None
@@ -114,39 +152,33 @@ class _RawForm:
             header, copies = buffer.getvalue(), []
             self.offset, total = len(header), len(header) + size
         file = writer.file
-        writer.done = self._noted(total)
+        notes = writer.noted()
+        writer.done = int(notes["rows"]) if notes and writer.partial.stat().st_size == total else 0
         if not writer.done:
             writer.notes.unlink(missing_ok=True)
             file.truncate(0)
             os.posix_fallocate(file.fileno(), 0, total)
             file.write(header)
-            for source, target, length in copies:
-                file.seek(target)
-                file.write(np.fromfile(like.path, np.uint8, length, offset=source).tobytes())
+            with like.path.open("rb") as source:
+                for begin, target, length in copies:
+                    source.seek(begin)
+                    file.seek(target)
+                    for at in range(0, length, PIECE):
+                        file.write(source.read(min(PIECE, length - at)))
         file.seek(self.offset + writer.done * self.row_bytes)
-
-    def _noted(self, total: int) -> int:
-        try:
-            notes = json.loads(self.writer.notes.read_text())
-            fits = notes["key"] == self.writer.key and self.writer.partial.stat().st_size == total
-            return int(notes["rows"]) if fits else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
 
     def write(self, vectors: np.ndarray) -> None:
         self.writer.file.write(np.ascontiguousarray(vectors).data)
 
-    def note(self, done: int) -> None:
-        if time.monotonic() - self.noted >= NOTE:
+    def note(self, now: bool = False) -> None:
+        if now or time.monotonic() - self.noted >= NOTE:
             self.writer.file.flush()
-            os.fsync(self.writer.file.fileno())  # rows first: a note never promises what is not on the disk
-            write_json(self.writer.notes, {"key": self.writer.key, "rows": done})
+            self.writer.promise(rows=self.writer.done)
             self.noted = time.monotonic()
 
     def close(self, whole: bool) -> None:
         if not whole:
-            self.noted = -NOTE
-            self.note(self.writer.done)
+            self.note(now=True)
 
 
 def _safetensors_layout(like: Safetensors, dim: int, size: int) -> tuple[bytes, int, int, list[tuple[int, int, int]]]:
@@ -172,58 +204,3 @@ def _safetensors_layout(like: Safetensors, dim: int, size: int) -> tuple[bytes, 
         for name, entry in like.header.items() if name != like.name
     ]  # fmt: skip
     return len(text).to_bytes(8, "little") + text, start + placed[like.name]["data_offsets"][0], start + at, copies
-
-
-class _ParquetForm:
-    """Row groups as the chunks come, other columns read beside them; the same list type, with as many dims as are given."""
-
-    def __init__(self, writer: Writer):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        assert isinstance(writer.like, Parquet)
-        self.writer, self.like = writer, writer.like
-        value = pa.float16() if self.like.dtype == np.float16 else pa.float32()
-        if pa.types.is_fixed_size_list(self.like.type):
-            self.type = pa.list_(value, writer.dim)
-        else:
-            self.type = pa.large_list(value) if pa.types.is_large_list(self.like.type) else pa.list_(value)
-        at = self.like.schema.get_field_index("vector")
-        self.schema = self.like.schema.set(at, self.like.schema.field(at).with_type(self.type))
-        self.others = [name for name in self.schema.names if name != "vector"]
-        self.ahead = self.like.batches(self.others, 2**14) if self.others else iter(())
-        self.rest: pa.Table | None = None
-        writer.file.truncate(0)
-        self.pq = pq.ParquetWriter(writer.file, self.schema, use_dictionary=self.others)
-
-    def write(self, vectors: np.ndarray) -> None:
-        import pyarrow as pa
-
-        flat, n = pa.array(vectors.ravel()), len(vectors)
-        if pa.types.is_fixed_size_list(self.type):
-            lists = pa.FixedSizeListArray.from_arrays(flat, type=self.type)
-        else:
-            large = pa.types.is_large_list(self.type)
-            offsets = pa.array(np.arange(n + 1) * self.writer.dim, pa.int64() if large else pa.int32())
-            lists = (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, flat, type=self.type)
-        others = self._next(n) if self.others else {}
-        columns = [lists if name == "vector" else others[name] for name in self.schema.names]
-        self.pq.write_table(pa.Table.from_arrays(columns, schema=self.schema))
-
-    def _next(self, rows: int) -> Any:
-        """The other columns of the next rows."""
-        import pyarrow as pa
-
-        while self.rest is None or self.rest.num_rows < rows:
-            more = pa.Table.from_batches([next(self.ahead)])
-            self.rest = more if self.rest is None else pa.concat_tables([self.rest, more])
-        head, self.rest = self.rest.slice(0, rows), self.rest.slice(rows)
-        return head
-
-    def note(self, done: int) -> None:
-        pass
-
-    def close(self, whole: bool) -> None:
-        self.pq.close()
-        if not whole:
-            self.writer.partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from leaderboards import backfills, pages, reproduction, tables
 
 README = protocol.LEADERBOARDS.parent / "README.md"
 SHOWN = "cifar100-lite@1"  # in the README
+PICTURED = 2  # rows of each kind and size: a picture of all would be taller than any screen
 
 
 def boards() -> list[Path]:
@@ -31,22 +32,13 @@ def texts(folder: Path, found: list[tables.Row]) -> Iterator[tuple[Path, str]]:
         yield README, f"{before}<!-- table -->\n{shown}\n<!-- end -->{after}"
 
 
-def pictured(found: list[tables.Row]) -> list[tables.Row]:
-    """Independent and the three best rows of each kind and size: a picture of all would be taller than any screen."""
-    groups: dict[tuple[str, int], list[tables.Row]] = {}
-    for row in found:
-        groups.setdefault((row.kind, row.bytes), []).append(row)
-    best = {row.name for rows in groups.values() for row in rows[:3]} | {"Independent"}
-    return [row for row in found if row.name in best]
-
-
 def main() -> int:
     try:
         for folder in boards():
             found = tables.rows(folder)
             for path, text in texts(folder, found):
                 write_bytes(path, text.encode())
-            records = [one for row in pictured(found) for one in row.records]
+            records = [one for row in tables.best(found, PICTURED) for one in row.records]
             metric = protocol.load(folder).primary_metric
             plots.save(plots.matrices_figure(records, metric), folder / "matrices.png")
             if filled := backfills.read(folder):

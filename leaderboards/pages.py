@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmark import budgets, protocol, record
+from benchmark import budgets, catalog, protocol, record
 from benchmark.record import Cost
 from benchmark.statistics import Interval
 from leaderboards import backfills, tables
@@ -20,8 +20,11 @@ release 2. Oracle: both by the independent release, what a full backfill would g
 interval over seeds, classes and queries; a class that is hard is hard for all rows, so rows whose intervals overlap may well
 differ: ranks compare them query by query. ✓ = better than the old system (the method's own release and the independent one) by
 the lower ends of paired 95 % intervals. AC: share of cross cells above their own old/old, of the mean matrix; AC95: share with
-✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes and leave the gallery untouched, or move it
-alike; `2=` is shared by rows that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %).
+✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes, run as many query encoders, and leave the
+gallery untouched or move it alike, whether the new release is made compatible or its queries are mapped; `2=` is shared by rows
+that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %). Maps lead from release to
+release (3→2→1) unless the row's name says direct; LambdaOrthogonality and Merge are always direct. Settings are those of a row's
+paper or its authors' code, and ours where neither says (each method's file says which), or tuned where the name says so.
 Update gain: 100 % = as good as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the
 oracle, mean of the new releases. Negative flips: queries right before the update and wrong after it, mean of the cross cells.
 Rows of unequal bytes are not to be compared without their control (BCT-extra for BT2 and OCA). {more}"""
@@ -29,15 +32,21 @@ BILLED = "Images trained: all trainings that the row needs if it is run alone, a
 ENDS = "What a row costs stands in the last table, both ends of every interval in [table.csv](table.csv)."
 COST = """\
 Billed as if the row were run alone, the same on every stratum. Images: seen in training (old releases and oracles that the row
-needs included), in the trials of tuned rows, and by frozen teachers during training. Parameters: of the last release, trained and
-released, over Independent's. Multiply-adds: of one query by the last release. Items re-embedded and vectors rewritten: of the
-gallery, before the new release can answer. Training seconds stand in the records; they hang on the machine and its load, so they
-are not compared here."""
+needs included), in the trials of tuned rows, and by frozen teachers during training; embedding the training images once, for
+maps fitted to stored embeddings and for class means, is billed as neither. Bytes: what is searched, the original embedding where
+the next update's direct maps read it, and side information. Parameters: of the last release and of the maps that its update adds,
+over Independent's; trained: set by a gradient or a closed form; released: stored to serve, an encoder of side information
+included; running statistics of batch norm are not counted. Multiply-adds: of one query by the last release, maps included, for
+the dearest gallery; of one item ingested by the last release, side information included (a dash: none is stored, the release's
+encoder alone runs); of one stored item, moved by one update. Items re-embedded and vectors rewritten: of the gallery, before the
+new release can answer. Training seconds stand in the records; they hang on the machine and its load, so they are not compared
+here."""
 PAIRS_TITLE = "## How many pairs a map needs"
 PAIRS = """\
 Post-hoc maps between independent releases, fitted directly (no chain) to so many training images embedded by both, drawn from the
 seed; mean over seeds, all queries, in percent. Best of its column and side in bold, without a test. \"needs n\": the map has more
 degrees of freedom than pairs. Run by `compatbench pairs`."""
+COMPACT = 5  # rows of each kind and size in the project's README
 MADE = "Made from the records in this folder by `make leaderboards`; nothing here is typed by hand."
 
 
@@ -54,6 +63,9 @@ BILL: Mapping[str, Callable[[Cost, Cost], str]] = {  # column -> of a row's cost
     "released": lambda one, bound: f"{one.released_parameters[-1] - bound.released_parameters[-1]:+,}",
     "multiply-adds/query": lambda one, bound: f"{one.query_multiply_adds[-1] / 1e6:.2f} M",
     "query encoders": lambda one, bound: str(one.query_encoders),
+    "multiply-adds/item ingested": lambda one, bound: (
+        f"{one.ingest_multiply_adds[-1] / 1e6:.2f} M" if one.ingest_multiply_adds else "–"
+    ),
     "multiply-adds/item moved": lambda one, bound: f"{max(one.gallery_multiply_adds, default=0) / 1e6:.2f} M",
     "items re-embedded": lambda one, bound: f"{one.items_reembedded:,}",
     "vectors rewritten": lambda one, bound: f"{one.vectors_rewritten:,}",
@@ -63,11 +75,12 @@ BILL: Mapping[str, Callable[[Cost, Cost], str]] = {  # column -> of a row's cost
 def compact(lines: Sequence[Line]) -> str:
     """One line a method, for the project's README."""
     cells = _triangle(lines)
-    head = ["method", "bytes/item", *map(_cell, cells), "AC", "AC95", "AM", "rank", "update gain", "new/new drop"]
+    head = ["method", "bytes/item", "query encoders", *map(_cell, cells), "AC", "AC95", "AM", "rank", "update gain"]
     body = [
         [
-            line.row.name,
+            line.row.shown,
             str(line.row.bytes),
+            str(line.row.query_encoders),
             *(_percent(line.cells.get(at), tick=at in line.passed, half=False) for at in cells),
             _share(line.ac),
             _share(line.ac95),
@@ -81,7 +94,7 @@ def compact(lines: Sequence[Line]) -> str:
         ]
         for line in lines
     ]
-    return by_kind([*head, "neg. flips", "images trained", "n"], lines, body)
+    return by_kind([*head, "new/new drop", "neg. flips", "images trained", "n"], lines, body)
 
 
 def by_kind(head: Sequence[str], lines: Sequence[Line], body: Sequence[Sequence[str]]) -> str:
@@ -90,7 +103,13 @@ def by_kind(head: Sequence[str], lines: Sequence[Line], body: Sequence[Sequence[
     parts = {
         kind: markdown(head, [shown for line, shown in zip(lines, body) if line.row.kind == kind]) for kind in kinds
     }
-    return parts[kinds[0]] if len(parts) == 1 else "\n\n".join(f"**{kind}**\n\n{part}" for kind, part in parts.items())
+    text = parts[kinds[0]] if len(parts) == 1 else "\n\n".join(f"**{kind}**\n\n{part}" for kind, part in parts.items())
+    return text + _footnote([line.row for line in lines])
+
+
+def _footnote(found: Sequence[Row]) -> str:
+    """What the mark behind a name means, where a row has it."""
+    return f"\n\n{catalog.RECONSTRUCTION}" if any(row.shown != row.name for row in found) else ""
 
 
 def legend(metric: str, more: str, oracle: str = "") -> str:
@@ -105,7 +124,7 @@ def accuracy(lines: Sequence[Line]) -> str:
         head += [_cell((t, k)), *([f"oracle {t + 1}/{t + 1}"] if t == k else [])]
     body = []
     for line in lines:
-        shown = [line.row.name, str(line.row.bytes), _percent(line.am), line.rank]
+        shown = [line.row.shown, str(line.row.bytes), _percent(line.am), line.rank]
         for t, k in cells:
             shown += [_percent(line.cells.get((t, k)), tick=(t, k) in line.passed)]
             shown += [f"{100 * line.oracle[t]:.1f}"] if t == k else []
@@ -118,8 +137,8 @@ def accuracy(lines: Sequence[Line]) -> str:
 def cost(found: Sequence[Row]) -> str:
     """One line a method; one table for all strata."""
     bound = tables.independent_row(found).records[0].cost
-    body = [[row.name, *(show(row.records[0].cost, bound) for show in BILL.values())] for row in found]
-    return markdown(["method", *BILL], body)
+    body = [[row.shown, *(show(row.records[0].cost, bound) for show in BILL.values())] for row in found]
+    return markdown(["method", *BILL], body) + _footnote(found)
 
 
 def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
@@ -153,7 +172,10 @@ def page(folder: Path, found: Sequence[Row]) -> tuple[dict[str, str], str]:
     oracle = ", ".join(f"{t + 1}/{t + 1} {100 * value:.1f}" for t, value in enumerate(bound))
     every = ((name, s, one) for s, by_metric in by_stratum.items() for name, one in by_metric.items())
     files = {"README.md": "\n\n".join(text) + "\n", "table.csv": spreadsheet(every)}
-    return files, compact(main) + "\n\n" + legend(metric, BILLED, f" (here {oracle})")
+    kept = {row.name for row in tables.best([line.row for line in main], COMPACT)}
+    shown = [line for line in main if line.row.name in kept]
+    few = f"The best {COMPACT} of each kind and size; all {len(main)} rows: [leaderboard](leaderboards/{folder.name}/README.md). "
+    return files, compact(shown) + "\n\n" + legend(metric, few * (len(shown) < len(main)) + BILLED, f" (here {oracle})")
 
 
 def spreadsheet(found: Iterable[tuple[str, str, Sequence[Line]]]) -> str:

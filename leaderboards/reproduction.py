@@ -221,7 +221,8 @@ def _cells(row: tables.Row | None, result: Result, board: str | None) -> tuple[d
 
 def _areas(records: Sequence[BackfillRecord], result: Result) -> tuple[dict[str, float], int]:
     """The same of a backfill's area, by the line's order."""
-    curves = [c for one in records for c in one.find(1, [0]).curves if c.order == result.order]
+    found = [backfill for one in records if (backfill := one.find(1, [0]))]
+    curves = [curve for backfill in found for curve in backfill.curves if curve.order == result.order]
     if not curves:
         return {}, 0
     metrics = result.values.keys() & curves[0].fastfill_mean.keys()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark import compatibility, outputs, protocol, record, statistics
+from benchmark import catalog, compatibility, outputs, protocol, record, statistics
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from benchmark.record import Record
@@ -24,6 +24,12 @@ RESAMPLES = 2000  # of intervals
 # 2 / (R + 1).
 RANK_RESAMPLES = 80
 LEVEL = (0.025, 0.975)
+
+COMPATIBLE = "The new release itself is made compatible; gallery untouched"
+MAPPED = "Queries are mapped to the old space; gallery untouched"
+FUSED = "Queries are embedded by both releases; gallery untouched"
+MOVED = "Stored items are moved to the new space"
+KINDS = (COMPATIBLE, MAPPED, FUSED, MOVED)  # in the order of the tables
 
 Cell = tuple[int, int]  # (query release, gallery release)
 
@@ -47,12 +53,28 @@ class Row:
         return self.records[0].cost.vectors_rewritten > 0
 
     @property
+    def query_encoders(self) -> int:
+        """Run for each query, at most."""
+        return self.records[0].cost.query_encoders
+
+    @property
     def kind(self) -> str:
-        """Under which heading the row stands."""
+        """Under which heading of `KINDS` the row stands."""
         if self.moved:
-            return "Stored items are moved to the new space"
-        mapped = "Independent releases, queries mapped to the old space; gallery untouched"
-        return mapped if self.records[0].links else "The new release is trained to be compatible; gallery untouched"
+            return MOVED
+        if self.query_encoders > 1:
+            return FUSED
+        return MAPPED if self.records[0].links else COMPATIBLE
+
+    @property
+    def rivals(self) -> tuple[bool, int, int]:
+        """Ranked among each other are rows that have this in common."""
+        return self.moved, self.query_encoders, self.bytes
+
+    @property
+    def shown(self) -> str:
+        """The name in tables, with the mark of a reconstruction."""
+        return self.name + catalog.mark(self.records[0].method.reference)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -104,9 +126,9 @@ def rows(folder: Path) -> list[Row]:
 def in_order(found: Sequence[Row], metric: str, stratum: str) -> list[Row]:
     """Kind by kind, fewest bytes first, then best first by AM."""
 
-    def key(row: Row) -> tuple[bool, bool, int, float]:
+    def key(row: Row) -> tuple[int, int, float]:
         accuracy = compatibility.average_multimodel_accuracy(row.mean(metric, stratum))
-        return row.moved, bool(row.records[0].links), row.bytes, -(accuracy if accuracy is not None else -1.0)
+        return KINDS.index(row.kind), row.bytes, -(accuracy if accuracy is not None else -1.0)
 
     return sorted(found, key=key)
 
@@ -123,6 +145,15 @@ def checked(file: Path, one: Record) -> outputs.Outputs:
             if not np.allclose(outputs.matrix(arrays, metric, mask), recorded, rtol=0, atol=TOLERANCE, equal_nan=True):
                 raise UserError(f"{file}: {metric} on {stratum} is not what its per-query outputs give")
     return arrays
+
+
+def best(found: Sequence[Row], count: int) -> list[Row]:
+    """Independent, and the `count` best rows of each kind and size, in the order given, which is best first."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for row in found:
+        groups.setdefault((row.kind, row.bytes), []).append(row.name)
+    kept = {name for names in groups.values() for name in names[:count]} | {"Independent"}
+    return [row for row in found if row.name in kept]
 
 
 def independent_row(found: Sequence[Row]) -> Row:
@@ -182,8 +213,8 @@ def lines(found: Sequence[Row], metrics: Sequence[str], stratum: str) -> dict[st
 
 
 def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[str, dict[str, str]]:
-    """By metric the rank of each row among those that store the same bytes and treat the gallery alike (untouched, or moved): by
-    AM, one rank for rows that cannot be told apart.
+    """By metric the rank of each row among its `rivals`, which store the same bytes, run as many query encoders and treat the
+    gallery alike (untouched, or moved): by AM, one rank for rows that cannot be told apart.
 
     The per-query value behind AM is the mean over the cells of the lower triangle. Ranked are rows of at least six seeds,
     the same as Independent's; others are "indicative". A row with an undefined cell has no AM and no rank.
@@ -199,13 +230,13 @@ def ranks(found: Sequence[Row], metrics: Sequence[str], mask: NDArray) -> dict[s
     values = np.stack(
         [np.mean([row.values(m, *at)[:, mask] for at in row.cells()], 0) for m in metrics for row in full]
     )
-    groups = [(row.moved, row.bytes) for row in full]
+    groups = [row.rivals for row in full]
     pairs = max(groups.count(alike) * (groups.count(alike) - 1) // 2 for alike in groups)
     drawn = statistics.bootstrap_means(values, labels, seed=0, resamples=max(10_000, RANK_RESAMPLES * pairs))
     for i, metric in enumerate(metrics):
         column = {row.name: i * len(full) + j for j, row in enumerate(full)}
         for alike in set(groups):
-            group = [row.name for row in full if (row.moved, row.bytes) == alike]
+            group = [row.name for row in full if row.rivals == alike]
             rank, means = 1, {name: float(np.nanmean(values[column[name]])) for name in group}
             for tied in statistics.ties_of_resamples(means, {name: drawn[:, column[name]] for name in group}):
                 said[metric] |= {name: f"{rank}=" if len(tied) > 1 else str(rank) for name in tied}

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from benchmark import adapters
 from benchmark.__main__ import main
-from benchmark.adapt import Map, apply, fit, judge
+from benchmark.adapt import Judged, Map, apply, fit, judge
 from benchmark.errors import UserError
 from benchmark.vectors import CHUNK, open_vectors
 
@@ -152,6 +152,57 @@ def test_a_rotated_space_is_recovered_and_ranks_as_the_target(tmp_path: Path) ->
         assert found.fidelity > 1 - 1e-5 and found.overlap > 0.999
 
 
+def test_the_depth_of_the_overlap_leaves_chance_no_room() -> None:
+    same = adapters.fit("Identity", torch.eye(8), torch.eye(8))
+    noise = np.random.default_rng(1).normal(size=X_OLD.shape).astype(np.float32)
+    for held, k in ((600, 10), (101, 10), (100, 9), (12, 1)):
+        judged = judge(same, X_OLD[:held], X_OLD[:held], "query", "cosine")
+        assert (judged.k, judged.chance) == (k, k / (held - 1)) and judged.overlap > judged.luck
+    for side in ("query", "gallery"):
+        judged = judge(same, noise, X_OLD, side, "cosine")
+        assert judged.overlap < judged.luck and judged.luck < 3 * judged.chance
+    few = judge(same, X_OLD[:40], X_OLD[:40] + 0.5 * noise[:40], "query", "cosine")
+    true = normed(X_OLD[:40] + 0.5 * noise[:40])
+    assert few.overlap == pytest.approx(naive_overlap(normed(X_OLD[:40]), true, true, true, 3), abs=1e-6)
+
+
+@pytest.mark.parametrize("side", ["query", "gallery"])
+def test_files_of_other_orders_are_refused(side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = X_NEW + 3 * np.abs(RNG.normal(size=NEW)).astype(np.float32)  # away from the mean, so that there are hubs
+    for seed, rows in ((1, N), (2, 300), (3, 100)):
+        order = np.random.default_rng(seed).permutation(rows)
+        old, new = npy(tmp_path / "o.npy", X_OLD[:rows]), npy(tmp_path / "n.npy", moved[:rows][order])
+        with pytest.raises(
+            UserError, match=r"do not seem to hold the same items in the same order: overlap@\d+ .* chance"
+        ):
+            fit(old, new, ["Ridge", "Procrustes"], side=side)
+    old, new = npy(tmp_path / "o.npy", X_OLD[:30]), npy(tmp_path / "n.npy", moved[30:60])
+    for overlap, chance in ((0.05, 0.09), (0.1, 0.09)):
+        judged = Judged(0.0, overlap, 1, chance, 0.2)
+        monkeypatch.setattr("benchmark.adapt.judge", lambda *_, judged=judged: judged)
+        if overlap < chance:
+            with pytest.raises(UserError, match="cannot be told from chance; check the order"):
+                fit(old, new, ["Procrustes"], side=side)
+    note = fit(old, new, ["Procrustes"], side=side).note
+    assert "overlap@1 0.100 (by chance 0.090) on 12 held-out pairs cannot be told from chance: give more pairs" in note
+
+
+def test_an_adapter_knows_what_it_was_fitted_to(pairs: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
+    mapping = Map.load(adapter)
+    assert all(mapping.fitted_to(path) for path in pairs)
+    elsewhere = npy(tmp_path / "elsewhere.npy", X_OLD)
+    assert mapping.fitted_to(elsewhere) and not mapping.fitted_to(npy(elsewhere, changed(X_OLD, 5, 1.0)))
+    (found,) = fit(*pairs, ["Ridge"]).ranked
+    assert Map.of(found.adapter, found.notes).fitted_to(pairs[0])
+
+
+def test_lengths_beyond_float32_are_no_matter(tmp_path: Path) -> None:
+    old, new = npy(tmp_path / "o.npy", X_OLD * np.float32(1e25)), npy(tmp_path / "n.npy", X_NEW * np.float32(1e-25))
+    (found,) = fit(old, new, ["Ridge"]).ranked
+    (plain,) = fit(npy(tmp_path / "po.npy", X_OLD), npy(tmp_path / "pn.npy", X_NEW), ["Ridge"]).ranked
+    assert found.overlap == pytest.approx(plain.overlap, abs=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------- apply
 
 
@@ -170,7 +221,7 @@ def test_the_command_prints_what_each_method_does(pairs: tuple[Path, Path], tmp_
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in set(adapters.KINDS) - {"ConstantShift", "Diagonal"})
-    assert "ConstantShift left out" in shown and "row i of new.npy and of old.npy" in shown
+    assert "left out: ConstantShift" in shown and "row i of new.npy and of old.npy" in shown
     mapping = Map.load(out)
     assert (mapping.side, mapping.similarity) == ("query", "cosine") and mapping.adapter.kind in shown
 
@@ -290,8 +341,82 @@ def applies(array: np.ndarray, *, adapter: str = "adapter.safetensors", out: str
     return command
 
 
+def onto(option: str, out: str, link: str | None = None):
+    """The output is a file that the command reads, or a link to it."""
+
+    def command(d: Path) -> list[str]:
+        paths = {"old": d / "o.safetensors", "new": d / "n.safetensors", "out": d / "out.safetensors"}
+        for name, x in (("old", X_OLD), ("new", X_NEW)):
+            save_file({"embeddings": x}, paths[name])
+        words = ["--old", paths["old"], "--new", paths["new"]]
+        if option == "adapter":
+            words = ["--apply", paths["new"], "--adapter", d / "adapter.safetensors"]
+        if link == "hard":
+            (d / out).hardlink_to(d / words[1].name if option == "old" else d / "adapter.safetensors")
+        elif link == "soft":
+            (d / out).symlink_to(paths["old"])
+        return ["adapt", *map(str, words), "--out", str(d / "." / out)]
+
+    return command
+
+
+def damaged(path: Path, array: np.ndarray) -> Path:
+    data = bytearray(parquet(path, array).read_bytes())
+    data[len(data) // 4 : len(data) // 2] = np.random.default_rng(0).bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    return path
+
+
+def applies_damaged(d: Path) -> list[str]:
+    path = damaged(d / "n.parquet", X_NEW)
+    return ["adapt", "--apply", str(path), "--adapter", str(d / "adapter.safetensors"), "--out", str(d / "o.parquet")]
+
+
+def twice(d: Path) -> list[str]:
+    columns = [pa.array(range(N)), pa.array(range(N)), pa.array(list(X_NEW))]
+    pq.write_table(pa.table(columns, names=["a", "a", "vector"]), d / "n.parquet")
+    return [
+        "adapt",
+        "--apply",
+        str(d / "n.parquet"),
+        "--adapter",
+        str(d / "adapter.safetensors"),
+        "--out",
+        str(d / "o.parquet"),
+    ]
+
+
 IDS = list(range(N))
 BAD = {
+    "the output is an input": (onto("old", "o.safetensors"), "o.safetensors would replace --old; choose another name"),
+    "the output is the adapter": (onto("adapter", "adapter.safetensors"), "would replace --adapter; choose another name"),
+    "the output is a hard link to an input": (onto("old", "h.safetensors", "hard"), "would replace --old"),
+    "the output is a link to an input": (onto("old", "s.safetensors", "soft"), "would replace --old"),
+    "the output holds something else": (
+        lambda d: [*fits()(d)[:-1], str(d / "plain.safetensors")], "plain.safetensors: holds something else than an adapter"),
+    "damaged pages": (fits(lambda d: damaged(d / "n.parquet", X_NEW)), "n.parquet: cannot be read: "),
+    "damaged pages to apply to": (applies_damaged, "n.parquet: cannot be read: "),
+    "two columns of one name": (twice, "n.parquet: has more than one column 'a'; rename or drop all but one"),
+    "a number that is none": (
+        fits(None, None, "--method", "Ridge", "--set", "rho=abc"), "Ridge: rho must be a number or null, got 'abc'"),
+    "a word for a whole number": (
+        fits(None, None, "--method", "LowRank", "--set", "rank=abc"), "LowRank: rank must be a whole number, got 'abc'"),
+    "a fraction for a whole number": (
+        fits(None, None, "--method", "LowRank", "--set", "rank=3.5"), "LowRank: rank must be a whole number, got 3.5"),
+    "no choice": (fits(None, None, "--set", "centred=1"), "Procrustes: centred must be true or false, got 1"),
+    "a seed below zero": (fits(None, None, "--seed", "-1"), "--seed -1: seeds are whole numbers from 0"),
+    "no YAML": (fits(None, None, "--method", "Ridge", "--set", "rho=a: b: c"), "--set rho takes a number, true, false"),
+    "options that the adapter fixes": (
+        lambda d: [*applies(X_NEW)(d), "--side", "gallery"], "--side is of the fit, and the adapter says it"),
+    "similarity that the adapter fixes": (
+        lambda d: [*applies(X_NEW)(d), "--similarity", "cosine"], "--similarity is of the fit, and the adapter says it"),
+    "a method to apply": (lambda d: [*applies(X_NEW)(d), "--method", "Ridge"], "--method is of the fit"),
+    "a null id": (
+        fits(lambda d: parquet(d / "n.parquet", X_NEW, [None, *IDS[1:]]), lambda d: parquet(d / "o.parquet", X_OLD, IDS)),
+        "n.parquet: row 0 has no id (null); give every row its own"),
+    "a constant column, of all methods once": (
+        fits(changed(X_NEW, (slice(None), 3), 2.0), None, "--similarity", "l2", "--method", "Ridge", "Procrustes", "LowRank"),
+        "compatbench: Ridge, Procrustes, LowRank: "),
     "unpaired": (fits(new=X_NEW[:500]), "without ids in both nobody knows"),
     "ids of other items": (
         fits(lambda d: parquet(d / "n.parquet", X_NEW, IDS), lambda d: parquet(d / "o.parquet", X_OLD, [i + N for i in IDS])),
@@ -329,22 +454,58 @@ BAD = {
     "NaN in the file": (applies(changed(X_NEW, (300, 0), np.nan)), "big.npy: row 300 holds NaN"),
     "zero in the file": (applies(changed(X_NEW, 300, 0)), "big.npy: row 300 is a zero vector"),
     "another format": (applies(X_NEW, out="out.parquet"), "the output has the input's format; name it out.npy"),
-    "onto itself": (applies(X_NEW, out="big.npy"), "would replace its own input"),
+    "onto itself": (applies(X_NEW, out="big.npy"), "big.npy would replace --apply; choose another name"),
     "no adapter": (applies(X_NEW, adapter="none.safetensors"), "none.safetensors is missing or damaged"),
     "not an adapter": (applies(X_NEW, adapter="plain.safetensors"), "plain.safetensors holds no adapter"),
     "an adapter of unknown use": (applies(X_NEW, adapter="bare.safetensors"), "does not say side and similarity"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("output", ["json", "png"])
+def test_an_audit_writes_over_none_of_its_inputs(output: str, pairs: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "link.npy").hardlink_to(pairs[0])
+    before = pairs[0].read_bytes()
+    given = {"queries-old": pairs[0], "queries-new": pairs[1], "gallery-old": pairs[0], "adapter": "a.safetensors"}
+    command = ["audit", *(str(word) for name, file in given.items() for word in (f"--{name}", file))]
+    for out in (pairs[0], tmp_path / ".." / tmp_path.name / "old.npy", tmp_path / "link.npy"):
+        assert main([*command, f"--{output}", str(out)]) == 2
+        assert f"--{output} {out} would replace --queries-old; choose another name" in capsys.readouterr().err
+    assert pairs[0].read_bytes() == before
+
+
+def test_a_small_penalty_may_be_written_as_people_write_it(pairs: tuple[Path, Path], tmp_path: Path) -> None:
+    old, new = map(str, pairs)
+    for written in ("1e-3", "1E-3", "0.001", ".1e-2"):
+        out = tmp_path / "a.safetensors"
+        command = [
+            "adapt",
+            "--old",
+            old,
+            "--new",
+            new,
+            "--method",
+            "Ridge",
+            "--set",
+            f"rho={written}",
+            "--out",
+            str(out),
+        ]
+        assert main(command) == 0 and Map.load(out).adapter.config()["rho"] == 0.001
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_done_ends_with_one_line(case: str, adapter: Path, tmp_path: Path, capsys) -> None:
     save_file({"x": X_NEW}, tmp_path / "plain.safetensors")
+    save_file({"embeddings": X_NEW}, tmp_path / "bystander.safetensors")
     adapters.save(tmp_path / "bare.safetensors", Map.load(adapter).adapter)
     capsys.readouterr()
     make, words = BAD[case]
     assert main(make(tmp_path)) == 2
     error = capsys.readouterr().err
     assert error.startswith("compatbench: ") and error.count("\n") == 1 and words in error, error
+    assert error.count("columns are constant") <= 1
+    assert not list(tmp_path.glob(".*")), "a hidden file was left"
+    assert Map.load(adapter) and open_vectors(tmp_path / "bystander.safetensors").take().tolist() == X_NEW.tolist()
     assert not (tmp_path / "a.safetensors").exists() and not (tmp_path / "out.npy").exists()
 
 
@@ -360,4 +521,5 @@ def test_how_many_pairs_are_needed_is_said(pairs: tuple[Path, Path]) -> None:
 def test_the_identity_between_equal_spaces_changes_nothing() -> None:
     same = adapters.fit("Identity", torch.eye(8), torch.eye(8))
     for side in ("query", "gallery"):
-        assert judge(same, X_OLD[:60], X_OLD[:60], side, "cosine") == (pytest.approx(1), 1.0)
+        judged = judge(same, X_OLD[:60], X_OLD[:60], side, "cosine")
+        assert judged.fidelity == pytest.approx(1) and judged.overlap == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmark import curves
+from benchmark import curves, protocol
 from benchmark.errors import UserError
 from benchmark.record import MethodInfo, ProtocolInfo, SuiteInfo
 from leaderboards import backfills
@@ -16,28 +18,32 @@ from leaderboards import backfills
 def curve(order: str, level: float) -> curves.Curve:
     """A straight line from `level` to 0.5: its area is the mean of the two ends."""
     shares = curves.grid()
-    values = {"cmc@1": {"all": (level + (0.5 - level) * shares)[None]}}
-    ends = {"old_old": {"cmc@1": 0.3}, "new_new": {"cmc@1": 0.5}}
-    return curves.summarise(order, "cmc@1", values, np.full((1, 41), 0.02), ends)
+    values = {
+        "cmc@1": {"all": (level + (0.5 - level) * shares)[None]},
+        "map": {"all": 0.4 * shares[None]},
+    }
+    ends = {"old_old": {"cmc@1": 0.3, "map": 0.1}, "new_new": {"cmc@1": 0.5, "map": 0.4}}
+    return curves.summarise(order, "cmc@1", values, np.full((1, len(shares)), 0.02), ends)
 
 
-def record(seed: int, name: str = "FastFill", protocol: str = "board@1") -> curves.BackfillRecord:
+def record(seed: int, name: str = "FastFill", board: str = "board@1") -> curves.BackfillRecord:
     galleries = [
         curves.Backfill(
             release=t,
             stored=stored,
             start=[1 / len(stored)] * len(stored),
-            old_old={"cmc@1": 0.3},
-            new_new={"cmc@1": 0.5},
+            old_old={"cmc@1": 0.3, "map": 0.1},
+            new_new={"cmc@1": 0.5, "map": 0.4},
             shares=list(curves.grid()),
             query_encoders=1,
+            moved=False,
             curves=[curve("random", 0.2 + 0.01 * seed), curve("own", 0.3 + 0.01 * seed)],
         )
         for t, stored in ((1, [0]), (2, [0]), (2, [1]), (2, [0, 1]))
     ]
     return curves.BackfillRecord(
         schema_version=curves.SCHEMA_VERSION,
-        protocol=ProtocolInfo(id=protocol, version="1.0", sha256="x", overrides=[], split="test"),
+        protocol=ProtocolInfo(id=board, version="1.0", sha256="x", overrides=[], split="test"),
         suite=SuiteInfo(version="0", metrics_version=1, commit=None, dirty=None),
         method=MethodInfo(
             name=name, reference="", hyperparameters={}, settings="paper", source_sha256="", mode="chain"
@@ -57,25 +63,83 @@ def save(root: Path, *records: curves.BackfillRecord) -> Path:
     return folder
 
 
+def tables(text: str) -> list[dict[tuple[str, str], dict[str, str]]]:
+    """Of each table (method, order) -> column -> cell."""
+    found: list[dict[tuple[str, str], dict[str, str]]] = []
+    head: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")][1:-1]
+        if cells[:1] == ["method"]:
+            head = cells
+            found.append({})
+        elif cells and set(cells) != {"---"}:
+            found[-1][cells[0], cells[1]] = dict(zip(head, cells))
+    return found
+
+
 def test_areas_intervals_and_differences(tmp_path: Path) -> None:
     found = backfills.read(save(tmp_path, *(record(seed) for seed in range(3))))
-    lines = {
-        tuple(cells[1:3]): cells
-        for line in backfills.markdown(found, "cmc@1").splitlines()
-        if (cells := [c.strip() for c in line.split("|")])[2:]
-    }
+    primary, other = tables(backfills.markdown(found, "cmc@1"))
     areas = [100 * (0.2 + 0.01 * seed + 0.5) / 2 for seed in range(3)]
     half = 4.30265 * np.std(areas, ddof=1) / np.sqrt(3)  # t of two degrees of freedom
-    random, own = lines["FastFill", "random"], lines["FastFill", "own"]
-    assert random[4] == f"{np.mean(areas):.1f} ± {half:.1f}"
-    assert own[4].startswith(f"{np.mean(areas) + 5:.1f}")
-    assert lines["FastFill", "own - random"][4] == "+5.0 ± 0.0"
-    assert random[8] == f"{(np.mean(areas) - 30) / 20 * 100:.0f} %" and random[9] == "2.0 %"
-    assert random[10] == f"{np.mean(areas):.1f}" and random[11] == "3/3"
+    random, own = primary["FastFill", "random"], primary["FastFill", "own"]
+    assert random["2→3"] == f"{np.mean(areas):.1f} ± {half:.1f}" and random["n"] == "3" and random["moved"] == "no"
+    assert own["1,2→3"].startswith(f"{np.mean(areas) + 5:.1f}")
+    assert primary["FastFill", "own - random"]["2→3"] == "+5.0 ± 0.0"
+    assert random["gain"] == f"{(np.mean(areas) - 30) / 20 * 100:.0f} %" and random["flips"] == "2.0 %"
+    assert (
+        random["22-point mean"] == f"{np.mean(areas):.1f}" and random["monotone"] == "3/3" and random["fall"] == "0.00"
+    )
+    assert other["FastFill", "own"]["2→3"] == "20.0 ± 0.0" and "monotone" not in other["FastFill", "own"]
+
+
+def test_a_gallery_that_a_method_cannot_serve_is_a_dash(tmp_path: Path) -> None:
+    whole, part = record(0), record(0, "Merge")
+    part.backfills.pop(1)
+    found = backfills.read(save(tmp_path, whole, part))
+    lines = tables(backfills.markdown(found, "cmc@1"))[0]
+    assert lines["Merge", "random"]["1→3"] == "–" and lines["FastFill", "random"]["1→3"] == "35.0"
+
+
+def test_a_curve_that_is_not_of_its_row_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, one := record(0))
+    row = json.loads((protocol.LEADERBOARDS / "digits@1" / "BCT" / "seed0.json").read_text())
+    cells = [[0.3, None, None], [0.2, 0.5, None], [0.2, 0.2, 0.5]]
+    row["matrices"] = {"cmc@1": {"all": cells}, "map": {"all": [[0.1, None, None], [0.0, 0.4, None], [0.0, 0.0, 0.4]]}}
+    path = folder / "FastFill" / "seed0.json"
+    for backfill in one.backfills:  # the own order starts elsewhere
+        backfill.curves.pop()
+    save(tmp_path, one)
+    path.write_text(json.dumps(row))
+    assert backfills.read(folder)
+    row["matrices"]["cmc@1"]["all"][2][1] = 0.2001
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="does not begin and end in the cells"):
+        backfills.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda b: b["shares"].pop(), "rise from 0 to 1"),
+        (lambda b: b["shares"].reverse(), "rise from 0 to 1"),
+        (lambda b: b["curves"][0]["metrics"]["map"].pop(), "order 'random' must have a value"),
+        (lambda b: b["curves"][1]["negative_flips"].append(0.0), "order 'own' must have a value"),
+        (lambda b: b["curves"][0]["metrics"]["map"].__setitem__(0, 1.5), "less than or equal to 1"),
+        (lambda b: b["start"].append(0.5), "its share"),
+    ],
+)
+def test_a_damaged_record_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    path = save(tmp_path, record(0)) / "FastFill" / "backfill-seed0.json"
+    data = json.loads(path.read_text())
+    change(data["backfills"][0])
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=said):
+        curves.load(path)
 
 
 def test_records_of_another_board_or_method_are_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, record(0), record(0, protocol="other@1", name="RQT"))
+    folder = save(tmp_path, record(0), record(0, board="other@1", name="RQT"))
     with pytest.raises(UserError, match="RQT on other@1"):
         backfills.read(folder)
     (folder / "RQT" / "backfill-seed0.json").unlink()

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
 
-from benchmark import plan, protocol, results, runner
+from benchmark import adapters, fusion, plan, protocol, results, runner
 from benchmark.bridge import Mapped, join, multiply_adds
 from benchmark.embeddings import Stored
+from benchmark.errors import UserError
 from benchmark.images import Batch
 from benchmark.methods import rqt
 from benchmark.methods.fastfill import Uncertain
 from benchmark.methods.fct import Transformation
 from benchmark.store import Store
-from tests.test_methods import DIM, QUICK, B, array, cosine_loss, images, make, unit
+from benchmark.training import numbers
+from tests.test_methods import DIM, QUICK, B, array, context, cosine_loss, images, make, unit
 
 K = 5
 
@@ -108,6 +112,48 @@ def test_reverse_transform_is_a_mean_distance(batch: Batch) -> None:
     back = array(method.step(torch.tensor(np.array([unit(v) for v in new])).float()))
     expected = np.mean([np.linalg.norm(unit(a) - unit(b)) for a, b in zip(back, old)])
     assert method.loss(batch)["reverse"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_under_l2_the_reverse_transform_is_trained_on_what_it_serves(batch: Batch) -> None:
+    method = make("RQT-MCL", similarity="l2").eval()
+    old, new = seen(method, batch, "old", "new")
+    link = method.link()
+    served = array(link.query({(link.release, "main"): torch.tensor(new).float()}, Stored(0, DIM)))
+    expected = np.mean([np.linalg.norm(a - b) for a, b in zip(served, old)])
+    assert method.loss(batch)["reverse"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_learned_embedding_has_no_direct_maps() -> None:
+    with pytest.raises(UserError, match="leave out direct"):
+        rqt.RQT.requires(1, embedding=True, direct=True)
+
+
+@pytest.mark.parametrize("kind", ["slerp", "adaptive"])
+def test_the_weight_of_a_fusion_shares_most_neighbours_with_the_new_release(kind: str) -> None:
+    """By a loop over the grid and the held-out pairs; the map itself is not fitted to these."""
+    both = context().embeddings
+    stored = {"old": both["old_items"], "new": both["new_items"]}
+    method = make("SLERP", {"kind": kind}, embeddings=stored)
+    old, new = (np.array([unit(v) for v in array(x)]) for x in method.unit_pairs())
+    facts = method.fit()
+    order = method.shuffled(len(old)).numpy()
+    held, rest = order[: len(old) // 5], order[len(old) // 5 :]
+    again = make("Procrustes", embeddings=stored)
+    again.fit_to(*(torch.tensor(x[rest]).float() for x in (old, new)))
+    mapped = np.array([unit(v) for v in array(again.step(torch.tensor(new[held]).float()))])
+
+    def first(queries: np.ndarray, items: np.ndarray) -> list[set[int]]:
+        k = min(10, len(items) - 1)
+        return [set(sorted((j for j in range(len(items)) if j != i), key=lambda j: -(q @ items[j]))[:k])
+                for i, q in enumerate(queries)]  # fmt: skip
+
+    wanted, shared = first(new[held], new[held]), []
+    for one in fusion.GRIDS[kind]:
+        pairs = [torch.tensor(x).double() for x in (old[held], mapped)]
+        fused = array(fusion.fuse(kind, *(F.normalize(x) for x in pairs), **one))
+        shared.append(sum(len(a & b) for a, b in zip(first(fused, old[held]), wanted)))
+    best = [*fusion.GRIDS[kind][int(np.argmax(shared))].values()]
+    assert facts["fusion"] == pytest.approx(best) and len(set(shared)) > 1
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -269,24 +315,119 @@ def test_fusion_at_weight_zero_is_the_old_system(rows: Any) -> None:
     record = rows("SLERP", weight=0.0)[1]
     for t, k in ((1, 0), (2, 0), (2, 1)):
         assert record.matrices["map"]["all"][t][k] == pytest.approx(record.matrices["map"]["all"][k][k], abs=1e-5)
+    assert all(x.fusion == [0.0] for x in record.links)
     mapped, alone = rows("SLERP", weight=1.0)[1], rows("Procrustes")[1]
     assert mapped.matrices["map"]["all"][2][0] == pytest.approx(alone.matrices["map"]["all"][2][0], abs=1e-6)
 
 
-def test_what_a_row_is_billed(rows: Any) -> None:
-    plain, fct = rows("Identity")[1].cost, rows("FCT", hidden=16)[1].cost
-    bare = rows("FCT-noside", hidden=16)[1].cost
-    assert plain.vectors_rewritten == 0 and plain.gallery_multiply_adds == [] and plain.query_encoders == 1
-    assert [a - b for a, b in zip(fct.bytes_per_item, bare.bytes_per_item)] == [4 * 16] * 3
-    assert bare.bytes_per_item == plain.bytes_per_item
-    gallery = rows("FCT", hidden=16)[1].queries["all"]
-    assert gallery and fct.vectors_rewritten == bare.vectors_rewritten > 0
-    step = multiply_adds(Transformation(16, 16, 16, 16))
-    assert bare.gallery_multiply_adds == [0, step, 2 * step]  # items of the first release pass two steps at the last
+D = 16  # of every release
+SMALL = {"hidden": 24}
+AFFINE = D * D + D
+RQT = (D * 512 + 512) + 2 * 512 + (512 * 512 + 512) + 2 * 512 + (512 * D + D)  # batch norm: scale and shift
+RQT_ADDS = D * 512 + 512 * 512 + 512 * D
+
+
+def transformation(d: int, hidden: int) -> int:
+    """Parameters of FCT's network of one dim, batch norm's scale and shift included, layer by layer."""
+    branch = (d * 2 * d + 2 * 2 * d) + (2 * d * 2 * d + 2 * 2 * d)
+    return 2 * branch + (4 * d * hidden + 2 * hidden) + (hidden * hidden + 2 * hidden) + (hidden * d + d)
+
+
+def above(one: list[int], other: list[int]) -> list[int]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def test_numbers_of_a_map_are_counted_once() -> None:
+    assert transformation(128, 2048) == numbers(Transformation(128, 128, 128, 2048)) == 5_712_000
+    assert numbers(adapters.KINDS["Ridge"](16, 8)) == 16 * 8 + 8  # closed forms keep their solution in buffers
+    assert numbers(orthogonal(nn.Linear(16, 16, bias=False))) == 16 * 16
+    assert numbers(rqt.layers(64, 512, 64)) == 330_816
+    assert numbers(nn.Identity()) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "trained", "released"),  # by each step
+    [
+        ("Identity", {}, 0, 0),
+        ("Merge", {}, 0, 0),
+        ("Ridge", {}, AFFINE, AFFINE),
+        ("RQT", {}, RQT, RQT),
+        ("FCT-noside", SMALL, transformation(D, 24), transformation(D, 24)),
+        ("LambdaOrthogonality", {}, D * D + AFFINE, D * D + AFFINE),
+        ("LambdaOrthogonality-relaxed", {}, 2 * AFFINE, 2 * AFFINE),
+        ("LambdaOrthogonality-backward", {}, D * D + AFFINE, D * D),  # its forward map is trained, and serves nothing
+    ],
+)
+def test_the_parameters_of_maps_are_billed(rows: Any, name: str, given: Any, trained: int, released: int) -> None:
+    plain, record = rows("Independent")[1].cost, rows(name, **given)[1]
+    added = [0, 1, 2] if len(record.links) == 3 else [0, 1, 1]  # direct: the last update adds two maps
+    assert [link.parameters for link in record.links] == [released] * sum(added)
+    assert above(record.cost.trained_parameters, plain.trained_parameters) == [n * trained for n in added]
+    assert above(record.cost.released_parameters, plain.released_parameters) == [n * released for n in added]
+
+
+def test_a_release_trained_with_its_map_is_billed_for_both(rows: Any) -> None:
+    plain, record = rows("Independent")[1].cost, rows("RQT-MCL-embedding")[1]
+    cost, both = record.cost, [0, 2 * RQT, 2 * RQT]  # psi_r and rho, which is of the same size here
+    assert [(x.release, x.stored, x.parameters) for x in record.links] == [(1, 0, RQT), (2, 1, RQT)]
+    assert above(cost.trained_parameters, plain.trained_parameters) == both
+    assert above(cost.released_parameters, plain.released_parameters) == both
+    assert above(cost.query_multiply_adds, plain.query_multiply_adds) == [0, 2 * RQT_ADDS, 3 * RQT_ADDS]  # 3 -> 2 -> 1
+    assert cost.vectors_rewritten == 0 and cost.query_encoders == 1
+
+
+def test_serving_queries_is_billed(rows: Any) -> None:
+    plain = rows("Independent")[1].cost
+    assert rows("Identity")[1].cost == plain and plain.gallery_multiply_adds == plain.ingest_multiply_adds == []
+    first, second, _ = encoders = plain.query_multiply_adds
+    one, both, merged = (rows(name)[1].cost for name in ("Procrustes", "SLERP", "Merge"))
+    assert (one.query_encoders, both.query_encoders, merged.query_encoders) == (1, 2, 2)
+    assert above(one.query_multiply_adds, encoders) == [0, D * D, 2 * D * D]  # 3 -> 2 -> 1 passes two maps
+    dearest = max(second + D * D, first + 2 * D * D)  # of one gallery, not the dearest parts of several
+    assert above(both.query_multiply_adds, encoders) == [0, first + D * D, dearest]
+    assert above(merged.query_multiply_adds, encoders) == [0, first, max(first, second)]
+
+
+def test_moving_a_gallery_is_billed(rows: Any) -> None:
+    plain, bare, fct = (
+        rows(name, **given)[1].cost for name, given in (("Independent", {}), ("FCT-noside", SMALL), ("FCT", SMALL))
+    )
+    step = multiply_adds(Transformation(D, D, D, 24))
+    assert fct.gallery_multiply_adds == bare.gallery_multiply_adds == [0, step, step]  # an update passes what it adds
+    assert fct.vectors_rewritten == bare.vectors_rewritten > 0
     assert fct.training_images > bare.training_images > plain.training_images  # SimCLR, then the transformation
-    both, one = rows("SLERP")[1].cost, rows("Procrustes")[1].cost
-    assert both.query_encoders == 2 and one.query_encoders == 1
-    assert both.query_multiply_adds[2] > one.query_multiply_adds[2] > plain.query_multiply_adds[2]
+
+
+def test_side_information_is_billed(rows: Any) -> None:
+    plain, bare, fct = (
+        rows(name, **given)[1].cost for name, given in (("Independent", {}), ("FCT-noside", SMALL), ("FCT", SMALL))
+    )
+    simclr = plain.released_parameters[0]  # a network as the first release's
+    assert above(fct.released_parameters, bare.released_parameters) == [simclr] * 3
+    assert above(fct.trained_parameters, bare.trained_parameters) == [
+        simclr + D * D + D + D * D,
+        0,
+        0,
+    ]  # its projection
+    assert bare.ingest_multiply_adds == []
+    assert above(fct.ingest_multiply_adds, plain.query_multiply_adds) == [plain.query_multiply_adds[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "vectors"),  # per item, by release
+    [
+        ("Ridge-gallery", {}, [1, 1, 1]),  # a chain moves what the last update left
+        ("Ridge-gallery", {"direct": True}, [1, 2, 2]),  # the next update's maps read the originals
+        ("Ridge", {"direct": True}, [1, 1, 1]),
+        ("FCT", SMALL, [2, 2, 2]),
+        ("FCT-noside", SMALL, [1, 1, 1]),
+        ("FCT-direct", SMALL, [2, 3, 3]),
+        ("LambdaOrthogonality", {}, [1, 2, 2]),
+        ("LambdaOrthogonality-backward", {}, [1, 1, 1]),
+    ],
+)
+def test_originals_that_a_later_map_reads_are_billed(rows: Any, name: str, given: Any, vectors: list[int]) -> None:
+    assert rows(name, **given)[1].cost.bytes_per_item == [4 * D * n for n in vectors]
 
 
 def test_fewer_pairs_are_drawn_from_the_seed(rows: Any, tmp_path: Path) -> None:

@@ -109,6 +109,14 @@ def test_help_and_list_import_nothing_heavy() -> None:
     assert run_python("-c", code).stdout.strip().endswith("[]")
 
 
+def test_reconstructions_are_marked_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "methods"])
+    shown = capsys.readouterr().out
+    for name in ("RQT", "RQT-MCL", "RQT-calibrated", "RQT-MCL-embedding", "XBT", "XBTText"):
+        assert f"{name}†" in shown
+    assert "BCT†" not in shown and "FCT†" not in shown and "† reconstruction" in shown
+
+
 @pytest.mark.parametrize("command", ["run", "list", "doctor", "show", "evaluate", "adapt", "audit", "demo"])
 def test_every_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -140,7 +140,7 @@ def shown(stratum: str) -> dict[str, dict[str, str]]:
     section = (LITE / "README.md").read_text().partition(f"## cmc@1, queries: {stratum} (")[2].partition("\n## ")[0]
     table = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     # one head a kind of row
-    return {line[0]: dict(zip(table[0], line)) for line in table if line[0] not in ("method", "---")}
+    return {line[0].removesuffix("†"): dict(zip(table[0], line)) for line in table if line[0] not in ("method", "---")}
 
 
 @pytest.mark.parametrize("stratum", ["all", "never-seen"])
@@ -194,7 +194,7 @@ def test_in_pairwise_mode_the_old_release_is_the_independent_one(lite: list[tabl
 
 def test_the_cost_table_bills_what_the_records_say(lite: list[tables.Row]) -> None:
     table = [[c.strip() for c in line.strip("|").split("|")] for line in pages.cost(lite).splitlines()]
-    rows = {line[0]: dict(zip(table[0], line)) for line in table[2:]}
+    rows = {line[0].removesuffix("†"): dict(zip(table[0], line)) for line in table[2:] if len(line) > 1}
     assert rows.keys() == {row.name for row in lite}
     raw, bound = (json.loads((LITE / name / "seed0.json").read_text())["cost"] for name in ("BT2", "Independent"))
     assert rows["BT2"]["bytes/item by release"] == "256 / 384 / 512"
@@ -202,6 +202,61 @@ def test_the_cost_table_bills_what_the_records_say(lite: list[tables.Row]) -> No
     extra = raw["released_parameters"][2] - bound["released_parameters"][2]
     assert rows["BT2"]["released"] == f"{extra:+,}" and extra > 0
     assert rows["MixBCT-tuned"]["in trials"] != "0" == rows["MixBCT"]["in trials"]
+    assert rows["BT2"]["multiply-adds/item ingested"] == "–"
+    one = next(row for row in lite if row.name == "Procrustes-gallery")
+    billed = one.records[0].cost.model_copy(update={"ingest_multiply_adds": [3, 1_000_000, 2_500_000]})
+    with_side = replace(one, records=[one.records[0].model_copy(update={"cost": billed})])
+    assert "| 2.50 M |" in pages.cost([tables.independent_row(lite), with_side])
+
+
+def changed(row: tables.Row, name: str, **cost: object) -> tables.Row:
+    """The row under another name and with another bill."""
+    records = [one.model_copy(update={"cost": one.cost.model_copy(update=cost)}) for one in row.records]
+    return replace(row, name=name, records=records)
+
+
+def test_rows_stand_under_the_heading_of_what_serving_takes(lite: list[tables.Row]) -> None:
+    kinds = {row.name: row.kind for row in lite}
+    assert {name for name, kind in kinds.items() if kind == tables.FUSED} == {
+        row.name for row in lite if row.records[0].cost.query_encoders == 2
+    }
+    assert {kinds[name] for name in ("SLERP", "NLERP", "AdaptiveNLERP", "Merge")} == {tables.FUSED}
+    assert {kinds[name] for name in ("Ridge", "RQT", "Identity")} == {tables.MAPPED}
+    assert {kinds[name] for name in ("Independent", "BCT", "BT2")} == {tables.COMPATIBLE}
+    assert kinds["Ridge-gallery"] == tables.MOVED
+    order = [tables.KINDS.index(row.kind) for row in tables.in_order(lite, "cmc@1", "all")]
+    assert order == sorted(order)
+
+
+def test_rows_of_one_and_of_two_query_encoders_share_no_rank(lite: list[tables.Row]) -> None:
+    mask = outputs.strata(lite[0].outputs[0])["all"]
+    by_name = {row.name: row for row in lite}
+    twice = changed(by_name["BCT"], "Twice", query_encoders=2)
+    found = [by_name["BCT"], by_name["Independent"], twice]
+    assert tables.ranks(found, ["cmc@1"], mask)["cmc@1"] == {"BCT": "1", "Independent": "2", "Twice": "1"}
+    text = pages.compact(tables.lines(found, ["cmc@1"], "all")["cmc@1"])
+    head, _, *body = [[c.strip() for c in x.strip("|").split("|")] for x in text.splitlines() if x[:1] == "|"]
+    at = head.index("query encoders")
+    assert {line[0]: line[at] for line in body if line[0][0].isupper()} == {
+        "BCT": "1",
+        "Independent": "1",
+        "Twice": "2",
+    }
+    assert text.count("**") == 4
+
+
+def test_reconstructions_are_marked_in_every_table(lite: list[tables.Row]) -> None:
+    assert {row.name for row in lite if row.shown != row.name} == {row.name for row in lite if row.name[:3] == "RQT"}
+    kept = [row for row in lite if row.name in ("Independent", "Ridge", "RQT", "RQT-MCL")]
+    made = tables.lines(kept, ["cmc@1"], "all")["cmc@1"]
+    for text in (pages.compact(made), pages.accuracy(made), pages.cost(kept)):
+        assert "| RQT† |" in text and "| RQT-MCL† |" in text and "| Ridge |" in text
+        assert text.endswith("\n\n" + catalog.RECONSTRUCTION)
+    plain = [line for line in made if line.row.name[:3] != "RQT"]
+    assert "†" not in pages.compact(plain) + pages.accuracy(plain)
+    assert {one["method"] for one in csv.DictReader(pages.spreadsheet([("cmc@1", "all", made)]).splitlines())} == {
+        row.name for row in kept
+    }
 
 
 def test_every_number_of_the_page_is_in_the_csv() -> None:

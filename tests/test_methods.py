@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark import catalog, plan, protocol, results, runner, training
+from benchmark import bill, catalog, plan, protocol, runner, training
 from benchmark.backbones import ConvNet
 from benchmark.bridge import Bridge
 from benchmark.embeddings import Embeddings
@@ -51,7 +51,7 @@ def run(name: str, root: Path, *overrides: str, mode: plan.Mode = "chain") -> tu
 
 def learned(made: plan.Plan) -> list[plan.Node]:
     """What the method itself has trained or fitted: its new releases, or the steps between releases."""
-    return results.steps(made) or list(made.releases[1:])
+    return bill.steps(made) or list(made.releases[1:])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trains_a_sequence_and_fills_the_matrix(name: str, mode: plan.Mode, root: Path) -> None:
     made, store, _ = run(name, root, mode=mode)
     for (t, k), node in made.cells.items():
+        if (name, mode, t - k) == ("RQT-MCL-embedding", "pairwise", 2):  # a chain through another training's release
+            assert node is None
+            continue
         assert node is not None, f"cell {t},{k} is undefined"
         scores = store.read_json(node, "scores.json")
         assert all(0 <= scores["all"][metric] <= 1 for metric in ("cmc@1", "cmc@5", "map"))

@@ -210,6 +210,16 @@ def test_summary_counts_seeds_and_leaves_out_what_several_seeds_do_not_have(colu
     assert rows == {"BCT": "2", "OCA": "1"} and "AC95" not in text
 
 
+def test_reconstructions_are_marked_in_the_summary(columns: Any) -> None:
+    columns(120)
+    records = [made(), made(name="RQT-MCL", method={"reference": "benchmark.methods.rqt.RQT"})]
+    text = shown(
+        plots.summary_table([*records, made(name="mine", method={"reference": "my_method.Mine"})], METRIC), 120
+    )
+    assert {line.split()[0] for line in text.splitlines() if line.split()} >= {"BCT", "RQT-MCL†", "mine"}
+    assert "† reconstruction" in text and "†" not in shown(plots.summary_table(records[:1], METRIC), 120)
+
+
 # ------------------------------------------------------------------------------------------------ what makes one row
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -138,6 +141,45 @@ def test_columns_are_integers_or_text(tmp_path: Path) -> None:
         vectors.column("wrod")
 
 
+def test_a_column_of_long_texts_is_never_held(tmp_path: Path) -> None:
+    columns = {
+        "story": pa.array(["x" * 10**6, *SHOPS[1:]]),
+        "shop": pa.array(SHOPS).dictionary_encode(),
+        "lists": pa.array([[1]] * N),
+        "whole": pa.array(range(N)),
+        "gap": pa.array([None, *SHOPS[1:]]),
+    }
+    vectors = open_vectors(parquet(tmp_path / "x.parquet", lists("fixed", pa.float32()), **columns))
+    tracemalloc.start()
+    assert vectors.few("story", 50) is None and vectors.few("whole", 50) is None
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # as fixed-width text: 1.2 GB
+    tracemalloc.stop()
+    shops, gap = vectors.few("shop", 3), vectors.few("gap", 4)
+    assert shops is not None and shops.tolist() == SHOPS and vectors.few("shop", 2) is None
+    assert gap is not None and gap[0] == "null"
+    with pytest.raises(UserError, match=r"'lists' of type .* holds no names"):
+        vectors.few("lists", 50)
+    with pytest.raises(UserError, match=r"the column 'story' holds a text of 1,000,000 characters, names have 1,000"):
+        vectors.column("story")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_other_tensors_are_copied_in_pieces(tmp_path: Path) -> None:
+    path = tensors(tmp_path / "x.safetensors", embeddings=X, image=np.arange(40 * 10**6, dtype=np.int32))  # 160 MB
+    vectors = open_vectors(path)
+
+    def held(name: str) -> int:  # KiB
+        return int(Path("/proc/self/status").read_text().split(name)[1].split()[0])
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = held("VmRSS:")
+    with Writer(tmp_path / "out.safetensors", vectors, D, "key") as writer:
+        writer.write(X)
+    assert held("VmHWM:") - before < 60_000
+    np.testing.assert_array_equal(load_file(tmp_path / "out.safetensors")["image"][::999], np.arange(40 * 10**6)[::999])
+
+
 # ------------------------------------------------------------------------------------------------------------- align
 
 
@@ -154,7 +196,13 @@ def test_files_are_put_together_by_id_or_by_row(tmp_path: Path) -> None:
     assert note == "3 pairs, put into order by id; left out: 1 rows only in a.parquet, 2 only in b.parquet"
     assert align(a, a) == (None, None, "4 pairs, ids equal")
     plain = open_vectors(numpy_file(tmp_path / "c.npy", X[:4]))
-    assert align(a, plain)[:2] == (None, None) and "row i of a.parquet and of c.npy" in align(a, plain)[2]
+    assert align(a, plain)[:2] == (None, None)
+    assert align(a, plain)[2] == "row i of a.parquet and of c.npy is taken for the same item (only a.parquet has ids)"
+    assert align(plain, plain)[2].endswith("(no ids)")
+    named = open_vectors(tensors(tmp_path / "f.safetensors", embeddings=X[:4], id=np.array([3, 1, 0, 9])))
+    others = open_vectors(identified(tmp_path / "g.parquet", [0, 1, 3]))
+    assert align(others, named)[0].tolist() == [0, 1, 2] and align(others, named)[1].tolist() == [2, 1, 0]
+    assert named.columns == []
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -195,6 +243,12 @@ def cut(path: Path) -> Path:
     return path
 
 
+def damaged(path: Path) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[:300] + b"\xff" * 2000 + data[2300:])
+    return path
+
+
 def archive(path: Path) -> Path:
     with path.open("wb") as file:
         np.savez(file, X)
@@ -227,6 +281,14 @@ BAD_FILES = {
         lambda d: parquet(d / "x.parquet", pa.array([[1.0], None])), "row 1 has 0 dims, the first has 1"),
     "a null in a vector": (
         lambda d: parquet(d / "x.parquet", pa.array([[1.0, 2.0], [1.0, None]])), "the vector of row 1 has a null"),
+    "a null id": (
+        lambda d: parquet(d / "x.parquet", pa.array([[1.0], [2.0]]), id=pa.array(["a", None])), "row 1 has no id (null)"),
+    "two columns of one name": (
+        lambda d: (pq.write_table(pa.table([[1], [2], [[1.0]]], ["a", "a", "vector"]), d / "x.parquet"), d / "x.parquet")[1],
+        "has more than one column 'a'; rename or drop all but one"),
+    "damaged pages": (lambda d: damaged(FILES["parquet, lists"](d)), "x.parquet: cannot be read: "),
+    "damaged ids": (lambda d: damaged(FILES["parquet, fixed lists"](d)), "x.parquet: cannot be read: "),
+    "beyond float32": (lambda d: numpy_file(d / "x.npy", X.astype(np.float64) + 1e39), "row 0 holds NaN or infinity"),
     "NaN": (lambda d: numpy_file(d / "x.npy", np.where(np.arange(N)[:, None] == 7, np.nan, X)), "row 7 holds NaN"),
 }  # fmt: skip
 
@@ -292,19 +354,20 @@ def run_slowly(source: Path, out: Path, key: str, seconds: float) -> subprocess.
 
 def kill_midway(source: Path, out: Path, key: str) -> None:
     process = run_slowly(source, out, key, 0.05)
-    notes, partial = out.with_name(f".{out.name}.progress.json"), out.with_name(f".{out.name}.partial")
-    while process.poll() is None and not (
-        json.loads(notes.read_text())["rows"] >= 50
-        if notes.exists()
-        else source.suffix == ".parquet" and partial.exists()
-    ):
+    notes = out.with_name(f".{out.name}.progress.json")
+    while process.poll() is None and not (notes.exists() and json.loads(notes.read_text())["rows"] >= 50):
         time.sleep(0.01)
     assert process.poll() is None, "it ended before it could be killed: the test proves nothing"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-@pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet, fixed lists"])
+def group_rows(path: Path) -> list[int]:
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet, fixed lists", "parquet, lists"])
 def test_killed_midway_the_old_output_stays_and_the_next_run_goes_on(kind: str, tmp_path: Path) -> None:
     source = FILES[kind](tmp_path)
     out = tmp_path / f"out{source.suffix}"
@@ -315,9 +378,61 @@ def test_killed_midway_the_old_output_stays_and_the_next_run_goes_on(kind: str, 
     assert out.read_bytes() == before
     finish = run_slowly(source, out, "key", 0)
     went_on_from = int(finish.communicate()[0])
-    assert finish.returncode == 0 and (went_on_from == 0 if "parquet" in kind else 50 <= went_on_from < N)
+    assert finish.returncode == 0 and 50 <= went_on_from < N
     np.testing.assert_array_equal(open_vectors(out).take(), X + 1)
+    if "parquet" in kind:
+        table, given = pq.read_table(out), pq.read_table(source)
+        assert table.drop(["vector"]).equals(given.drop(["vector"])) and group_rows(out) == group_rows(source)
+        last = given.column("id")[N - 1]
+        assert ds.dataset(out).to_table(filter=ds.field("id") == last).num_rows == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, out.name])
+
+
+@pytest.mark.parametrize("change", ["nothing", "partial cut", "partial damaged", "notes of no group", "another map"])
+def test_parquet_goes_on_from_whole_parts_only(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmark.writer.NOTE", 0)
+    source, out = FILES["parquet, lists"](tmp_path), tmp_path / "out.parquet"
+    partial, notes = tmp_path / ".out.parquet.partial", tmp_path / ".out.parquet.progress.json"
+    with pytest.raises(KeyboardInterrupt), Writer(out, open_vectors(source), D, "key") as writer:
+        writer.write(X[:150])  # two groups of 70, and 10 rows that are lost
+        raise KeyboardInterrupt
+    with partial.open("ab") as file:
+        file.write(b"half a group")
+    if change == "partial cut":
+        partial.write_bytes(partial.read_bytes()[:-60])
+    elif change == "partial damaged":
+        size = json.loads(notes.read_text())["parts"][-1]
+        partial.write_bytes(partial.read_bytes()[: size - 200] + b"x" * 200)
+    elif change == "notes of no group":
+        notes.write_text(json.dumps({**json.loads(notes.read_text()), "rows": 139}))
+    vectors = open_vectors(source)
+    with Writer(out, vectors, D, "other" if change == "another map" else "key") as writer:
+        assert writer.done == (140 if change == "nothing" else 0)
+        for chunk in vectors.chunks(64, writer.done):
+            writer.write(chunk)
+    assert pq.read_table(out).drop(["vector"]).equals(pq.read_table(source).drop(["vector"]))
+    np.testing.assert_array_equal(open_vectors(out).take(), X)
+    assert group_rows(out) == [70, 70, 70, 70, 21] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_large_row_groups_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmark.parquet.GROUP", 4 * D * 50)
+    source, out = parquet(tmp_path / "x.parquet", lists("plain", pa.float32())), tmp_path / "out.parquet"
+    with Writer(out, open_vectors(source), D, "key") as writer:
+        writer.write(X)
+    assert group_rows(out)[:4] == [35, 35, 35, 35] and pq.read_table(out).equals(pq.read_table(source))
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet, lists"])
+def test_what_is_refused_midway_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    vectors = open_vectors(FILES[kind](tmp_path))
+    with (
+        pytest.raises(UserError, match="bad row"),
+        Writer(tmp_path / f"out{vectors.path.suffix}", vectors, D, "key") as writer,
+    ):
+        writer.write(X[:100])
+        raise UserError("bad row")
+    assert [path.name for path in tmp_path.iterdir()] == [vectors.path.name]
 
 
 @pytest.mark.parametrize("change", ["another map", "another input", "input changed", "notes damaged", "partial cut"])

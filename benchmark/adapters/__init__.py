@@ -31,7 +31,19 @@ from benchmark.errors import UserError, unknown
 from benchmark.files import write_bytes
 from benchmark.fusion import ALPHAS, B0, FUSIONS, GRIDS, S0, adaptive, fuse, nlerp, slerp
 
-__all__ = ["KINDS", "RHOS", "Adapter", "Moments", "Screen", "check_pairs", "fit", "load", "rebuild", "save"]
+__all__ = [
+    "KINDS",
+    "RHOS",
+    "Adapter",
+    "Moments",
+    "Screen",
+    "check_pairs",
+    "fit",
+    "is_adapter",
+    "load",
+    "rebuild",
+    "save",
+]
 __all__ += ["ALPHAS", "B0", "FUSIONS", "GRIDS", "S0", "adaptive", "fuse", "nlerp", "slerp"]
 
 KINDS: dict[str, type[Adapter]] = {
@@ -84,6 +96,15 @@ def save(path: str | Path, adapter: Adapter, notes: Mapping[str, str] | None = N
     header = {HEADER: json.dumps({"config": adapter.config(), "notes": dict(notes or {})}, sort_keys=True)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
     write_bytes(Path(path), safetensors.torch.save(tensors, header))
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a file says that it is one; by its header, nothing else is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(path: str | Path) -> tuple[Adapter, dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class Adapter(nn.Module):
         for name in hyperparameters:
             if name not in known:
                 raise unknown(f"hyperparameter of {cls.__name__}", name, known or ["none"])
+        types = get_type_hints(cls.__init__)
+        for name, value in hyperparameters.items():
+            if not _is(value, types[name]):
+                raise UserError(f"{cls.__name__}: {name} must be {_words(types[name])}, got {value!r}")
         return cls(source_dim, target_dim, **hyperparameters)
 
     @classmethod
@@ -121,3 +125,21 @@ class Adapter(nn.Module):
     def _store(self, **values: Tensor) -> None:
         for name, value in values.items():
             getattr(self, name).copy_(value)
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a hyperparameter has the type that its signature asks for; an int is a float too, True is no number."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):
+        return any(_is(value, part) for part in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "a word"}
+    return " or ".join(
+        map(str, get_args(hint)) if get_origin(hint) is Literal else (_words(part) for part in get_args(hint))
+    ) or names.get(hint, str(hint))

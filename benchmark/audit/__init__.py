@@ -9,7 +9,7 @@ Queries are resampled for the bounds, the gallery is held fixed. All requirement
 wrong GO has a chance of about 5 % at most (an intersection-union test needs no correction for their number).
 
 What needs the new model's gallery is judged on the sample; acceptance, recall and flips on all of the stored gallery
-(`benchmark.audit.serving`).
+(`benchmark.audit.whole`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.adapt import Map, Side, fit
+from benchmark.adapt import fit
 from benchmark.audit.data import read
 from benchmark.audit.judging import Judge, Requirements
 from benchmark.audit.leaks import fitted_to, leaks
-from benchmark.audit.serving import labelled, threshold
 from benchmark.audit.timing import latency, rewriting
 from benchmark.audit.ways import INDEXED, OLD_INDEXED, all_ways, dual_name, serve
+from benchmark.audit.whole import labelled, threshold
 from benchmark.errors import UserError
 from benchmark.neighbours import Similarity
+from benchmark.serving import Map, Side
 
 LEAST = 20  # gallery items in the judged sample
 ACCEPT, FAR = 0.9, 1e-3  # where the threshold is frozen, without labels and with them
@@ -98,7 +99,9 @@ def audit(
         raise UserError(f"--threshold {score:g} is no {what}")
     data = read(queries_old, queries_new, gallery_old, gallery_new, mapping, query_labels, gallery_labels, slices)
     files = (queries_old, queries_new, gallery_old, *([gallery_new] if gallery_new else []))
-    data.notes += fitted + (leaks(pairs[0], data) if pairs else []) + (fitted_to(adapter, files) if adapter else [])
+    data.notes += (
+        fitted + (leaks(pairs[0], data) if pairs else []) + ([fitted_to(mapping, adapter, files)] if adapter else [])
+    )
     size = len(data.gallery) if gallery_size is None else gallery_size
     if size < len(data.gallery):
         raise UserError(f"--gallery-size {size} is less than the {len(data.gallery)} rows of {gallery_old}")
@@ -181,5 +184,5 @@ def _mapping(
     side, similarity = side or "query", similarity or "cosine"
     fits = fit(*pairs, methods or ["Procrustes"], side=side, similarity=similarity, seed=seed)
     best = fits.ranked[0]
-    notes = f"pairs: {fits.note}; {best.adapter.kind} has overlap@10 {best.overlap:.3f} on held-out pairs"
+    notes = f"pairs: {fits.note}; {best.adapter.kind} has {best.judged} on held-out pairs"
     return Map(best.adapter, side, similarity, ""), [notes]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark.adapt import Map, unit
 from benchmark.audit.acceptance import Labels
 from benchmark.audit.slicing import slices_of
 from benchmark.errors import UserError, unknown
+from benchmark.serving import Map, unit
 from benchmark.vectors import Array, Vectors, align, open_vectors
 
 SAME = 1e-3  # apart, as a share of their length, two vectors are still the same one: what float16 rounds

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark import adapters
 from benchmark.audit.data import Data
-from benchmark.files import sha256_file
+from benchmark.serving import Map
 from benchmark.vectors import Array, open_vectors
 
 
@@ -34,22 +33,14 @@ def leaks(old_pairs: Path, data: Data) -> list[str]:
     return notes
 
 
-def fitted_to(adapter: Path, judged: Sequence[Path]) -> list[str]:
-    """Whether one of the judged files is one that the adapter was fitted to, as far as its notes say.
-
-    They may name the files of its pairs, under "old file" and "new file", by size in bytes and sha256.
-    """
-    notes = adapters.load(adapter)[1]
-    known = {notes[name] for name in ("old file", "new file") if name in notes}
-    sizes = {content.partition(" ")[0] for content in known}
-    same = [
-        file for file in judged if (size := str(file.stat().st_size)) in sizes and f"{size} {sha256_file(file)}" in known
-    ]  # fmt: skip
+def fitted_to(mapping: Map, adapter: Path, judged: Sequence[Path]) -> str:
+    """Whether one of the judged files is one that the adapter was fitted to, as far as its own file says."""
+    same = [str(file) for file in judged if mapping.fitted_to(file)]
     if same:
-        return [f"{adapter.name} was fitted to {' and '.join(map(str, same))}, which it is judged on: that flatters it"]
-    if known:
-        return [f"{adapter.name} was fitted to other files; if these held the same items, that flatters it"]
-    return [f"{adapter.name} does not say which items it was fitted to; if they are among these, that flatters it"]
+        return f"{adapter.name} was fitted to {' and '.join(same)}, which it is judged on: that flatters it"
+    if mapping.pairs:
+        return f"{adapter.name} was fitted to other files; if these held the same items, that flatters it"
+    return f"{adapter.name} does not say which items it was fitted to; if they are among these, that flatters it"
 
 
 def _prints(chunks: Iterable[Array]) -> NDArray[np.int64]:

@@ -27,16 +27,20 @@ def slices_of(
         if name not in known:
             raise unknown("column of the query files", name, known or ["none: Parquet files hold columns"])
         file, rows = known[name]
+        if asked is None and name == labels:
+            continue
         try:
-            values = file.column(name)
+            values = file.few(name, MOST) if asked is None else file.column(name)
         except UserError:
             if asked is None:
                 continue
             raise
+        if values is None:
+            continue
         values = values if rows is None else values[rows]
         if asked is not None:
             found[name] = quartiles(values)
-        elif name != labels and 2 <= len(np.unique(values)) <= MOST:
+        elif len(np.unique(values)) >= 2:
             found[name] = values
     return found
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark.adapt import Map
 from benchmark.audit.acceptance import Side
 from benchmark.audit.data import Data
 from benchmark.audit.faiss_index import Index
 from benchmark.neighbours import Rows, fuse, search
+from benchmark.serving import Map
 from benchmark.vectors import Array
 
 ADAPTER, INDEXED, OLD, FULL = "adapter", "adapter and index", "old model only", "full re-embedding"

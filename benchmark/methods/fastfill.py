@@ -6,8 +6,8 @@ re-embedded first. Per item, with smoothing and classifier as the new model was 
 
     a = |phi_new(x) - z|^2 / d_new,   c = CE(W_new z, y),   l = a + c,   L = mean over the batch of exp(-s) l / 2 + s / 2
 
-whose optimum is s = log l. Follows the authors' code (the paper's body was not read). L may be negative. A new model without
-classifier (self-supervised) cannot be served.
+whose optimum is s = log l. The balance of a and c hangs on the length of the release's raw vectors. Follows the authors' code
+(the paper's body was not read). L may be negative. A new model without classifier (self-supervised) cannot be served.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ untouched gallery; a forward map F moves stored items to where B sends new embed
 
 B is strictly orthogonal (the paper's choice where the maps are trained on the models' own training distribution, as here;
 L_lambda is 0 then), or affine and only lambda-close to orthogonal. Unequal dims are compared on the shorter length. Where the
-protocol's similarity is the cosine, all vectors enter with unit norm. Ours, as not found: alpha, the weights of the terms,
-SupCon's temperature.
+protocol's similarity is the cosine, all vectors enter with unit norm. Not found, hence ours: alpha, the weights of the terms,
+SupCon's temperature; epochs, warm-up, schedule and weight decay are those of FCT's code. |W^T W - I| of W = 0 is the root of the
+dims, so lambda = 12 regularises nothing below 144 dims: the relaxed variant then is an affine map, kept straight by L_B alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class LambdaOrthogonality(Bridge):
     Args:
         strict: whether B is orthogonal by construction; else affine with the regulariser.
         threshold: lambda. Paper: 12, for embeddings of 128 and more dims.
-        sharpness: alpha. Ours: 1.
+        sharpness: alpha. Ours: 1, so that the term has a gradient from the start.
         backward, forward, contrastive: weights of L_B, L_F and L_C. Ours: 1, 1, 1.
         temperature: of SupCon. Ours: 0.1.
         gallery: "moved" = stored items pass F; "untouched" = B alone serves.

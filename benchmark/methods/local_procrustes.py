@@ -17,7 +17,7 @@ class LocalProcrustes(Posthoc):
     """One orthogonal map per cluster of the source space, softly routed, fitted to stored embeddings.
 
     Args:
-        clusters: their number.
+        clusters: their number. Ours: 8.
         side: "query" = new queries are moved to the old space; "gallery" = stored items to the new one.
         pairs: images embedded by both releases that it is fitted to; none = all training images of the newer release.
         direct: one map for each pair of releases, instead of a chain of those between neighbours.

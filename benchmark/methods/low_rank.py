@@ -17,7 +17,7 @@ class LowRank(Posthoc):
     """Affine map of low rank, by reduced-rank regression, fitted to stored embeddings.
 
     Args:
-        rank: of the map.
+        rank: of the map. Ours: 32; Drift-Adapter's was not found.
         side: "query" = new queries are moved to the old space; "gallery" = stored items to the new one.
         pairs: images embedded by both releases that it is fitted to; none = all training images of the newer release.
         direct: one map for each pair of releases, instead of a chain of those between neighbours.

@@ -1,7 +1,7 @@
 """Procrustes plus a small network on its residual (Drift-Adapter's third form, arXiv 2509.23471).
 
 y = x A + b + W2 GELU(W1 LN(x)), A from Procrustes, W2 = 0 at the start; stopped early on held-out pairs. On the gallery side
-it is Embedding-Converter's kind of map (ACL 2025).
+it is Embedding-Converter's kind of map (ACL 2025). Widths and learning rate are ours: Drift-Adapter's were not found.
 Fitted to stored embeddings of the same images by both releases, see `Posthoc`; normalised before and after where the
 protocol's similarity is the cosine.
 """

@@ -18,7 +18,8 @@ class Ridge(Posthoc):
     """Ridge-regularised affine map, fitted to stored embeddings.
 
     Args:
-        rho: strength of the ridge in units of the mean variance of a coordinate; none = chosen on held-out pairs.
+        rho: strength of the ridge in units of the mean variance of a coordinate; none = chosen by generalised
+            cross-validation over all pairs.
         side: "query" = new queries are moved to the old space; "gallery" = stored items to the new one.
         pairs: images embedded by both releases that it is fitted to; none = all training images of the newer release.
         direct: one map for each pair of releases, instead of a chain of those between neighbours.

@@ -3,7 +3,8 @@ for Online Backfilling in Large-Scale Retrieval", WACV 2025). RECONSTRUCTION: th
 marked (*) are ours, after what others report of it, and sizes, temperature, weights and optimiser are ours.
 
 While the gallery is being re-embedded, a query meets old items through psi_r (new -> old space, so that one encoder serves
-both parts) and new items directly; the two lists are merged by distance. d = Euclidean distance of unit vectors.
+both parts) and new items directly; the two lists are merged by distance. d = Euclidean distance: of unit vectors where the
+protocol's similarity is the cosine, else of the vectors themselves.
 
     L_RQT = mean of d(psi_r(phi_n(x)), phi_o(x))
     s^r_ij = exp(-d(psi_r(phi_n(x_i)), phi_o(x_j)) / tau),   s^n_ij = exp(-d(phi_n(x_i), phi_n(x_j)) / tau)
@@ -11,7 +12,8 @@ both parts) and new items directly; the two lists are merged by distance. d = Eu
 
 P, N: items of the same and of other classes. The negatives of both systems stand in each denominator, so that distances of
 both become comparable; "independent" calibration has those of its own system alone. Items j are drawn class-balanced from
-the stored embeddings of the training images, the anchor's own image left out. Learnable new embedding (*): the release stores
+the stored embeddings of the training images (evaluation view, where anchors are augmented), the anchor's own image left out; the
+paper is reported to mine hard examples, which is left away here. Learnable new embedding (*): the release stores
 phi_n' = phi_n + rho(phi_n), which takes the place of phi_n above and is kept accurate by the new model's frozen classifier.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmark.bridge import Bridge, transformation_recipe
+from benchmark.errors import UserError
 from benchmark.images import Batch
 from benchmark.method import OLD, ORACLE, Context, Encoder, Need
 from benchmark.protocol import Recipe
@@ -41,7 +44,8 @@ class RQT(Bridge):
         weight: of the contrastive loss. Ours: 1.
         candidates: stored embeddings drawn per class and step. Ours: 4.
         lr: of Adam. Ours: 5e-4, as FCT's code.
-        direct: one map for each pair of releases, instead of a chain of those between neighbours.
+        direct: one map for each pair of releases, instead of a chain of those between neighbours; not with `embedding`, whose
+            releases have one map each.
     """
 
     reads_unit = True
@@ -51,6 +55,8 @@ class RQT(Bridge):
         "RQT-MCL": {"contrastive": "joint"},
         "RQT-calibrated": {"contrastive": "independent"},
         "RQT-MCL-embedding": {"contrastive": "joint", "embedding": True},
+        "RQT-direct": {"direct": True},
+        "RQT-MCL-direct": {"contrastive": "joint", "direct": True},
     }
     space: ClassVar = {"temperature": (0.05, 0.1, 0.2), "weight": (0.3, 1.0, 3.0), "lr": (2e-4, 5e-4, 1e-3, 2e-3)}
 
@@ -73,14 +79,15 @@ class RQT(Bridge):
         self.step = layers(d_new, hidden, d_old)
         self.learned = embedding
         if embedding:
-            self.network = Improved(context.backbone(d_new).requires_grad_(False), layers(d_new, hidden, d_new))
+            frozen, rho = context.backbone(d_new).requires_grad_(False), layers(d_new, hidden, d_new)
+            self.network = Improved(frozen, rho, context.similarity)
         if context.embeddings:
             old, new = context.embeddings["old_items"], context.embeddings["new_items"]
             assert new.labels is not None
             order = new.labels.argsort(stable=True)
             self.register_buffer("items", order, persistent=False)  # (N,) by class
             self.register_buffer("counts", new.labels.bincount(minlength=context.classes), persistent=False)  # (K,)
-            self.register_buffer("old_items", unit(old.main(context.k or 0)), persistent=False)  # (N, d_o)
+            self.register_buffer("old_items", self.seen(old.main(context.k or 0)), persistent=False)  # (N, d_o)
             self.register_buffer("new_items", new.main(context.t), persistent=False)  # (N, d_n)
 
     @classmethod
@@ -88,7 +95,15 @@ class RQT(Bridge):
         return not embedding
 
     @classmethod
-    def requires(cls, t: int, contrastive: str = "none", **hyperparameters: Any) -> Mapping[str, Need]:
+    def searched(cls, contrastive: str = "none", **hyperparameters: Any) -> Mapping[str, tuple]:
+        return cls.space if contrastive != "none" else {"lr": cls.space["lr"]}
+
+    @classmethod
+    def requires(
+        cls, t: int, contrastive: str = "none", embedding: bool = False, direct: bool = False, **hyperparameters: Any
+    ) -> Mapping[str, Need]:
+        if embedding and direct:
+            raise UserError("RQT: a learned embedding has one map to the release before; leave out direct or embedding")
         needs = dict(super().requires(t))
         if t and contrastive != "none":
             needs |= {"old_items": Need("embeddings", OLD), "new_items": Need("embeddings", ORACLE)}
@@ -102,8 +117,8 @@ class RQT(Bridge):
         with torch.no_grad():
             old, new = encoders["old"](batch.x)["main"], encoders["new"](batch.x)["main"]  # (B, d_o), (B, d_n)
         query = self.embed(new)  # (B, d_n)
-        reversed_query = unit(self.step(unit(query)))  # (B, d_o)
-        terms = {"reverse": (reversed_query - unit(old)).norm(dim=1).mean()}
+        reversed_query = self.seen(self.step(self.seen(query)))  # (B, d_o)
+        terms = {"reverse": (reversed_query - self.seen(old)).norm(dim=1).mean()}
         if self.learned:
             head = encoders["new"].head
             assert head is not None
@@ -112,11 +127,15 @@ class RQT(Bridge):
             drawn, labels = self.draw()
             logits = [
                 -distance(reversed_query, self.old_items[drawn]) / self.temperature,  # log s^r, (B, M)
-                -distance(unit(query), unit(self.embed(self.new_items[drawn]))) / self.temperature,  # log s^n
+                -distance(self.seen(query), self.seen(self.embed(self.new_items[drawn]))) / self.temperature,  # log s^n
             ]
             same, own = y[:, None] == labels, batch.index[:, None] == drawn
             terms["contrastive"] = self.weight * contrast(logits, same & ~own, ~same, self.contrastive == "joint")
         return terms
+
+    def seen(self, z: Tensor) -> Tensor:
+        """Vectors as the protocol's search sees them."""
+        return F.normalize(z) if self.context.similarity == "cosine" else z
 
     def embed(self, z: Tensor) -> Tensor:
         """The embedding that the release stores, from the independent one."""
@@ -139,14 +158,14 @@ class RQT(Bridge):
 class Improved(nn.Module):
     """phi_n' = phi_n + rho(phi_n), at the start phi_n itself; phi_n stays as it is."""
 
-    def __init__(self, backbone: nn.Module, rho: nn.Sequential):
+    def __init__(self, backbone: nn.Module, rho: nn.Sequential, similarity: str):
         super().__init__()
-        self.backbone, self.rho = backbone, rho
+        self.backbone, self.rho, self.similarity = backbone, rho, similarity
         for start in rho[-1].parameters():
             nn.init.zeros_(start)
 
     def improve(self, z: Tensor) -> Tensor:
-        return z + self.rho(unit(z))
+        return z + self.rho(F.normalize(z) if self.similarity == "cosine" else z)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.improve(self.backbone(image))
@@ -164,12 +183,9 @@ def contrast(logits: list[Tensor], positive: Tensor, negative: Tensor, joint: bo
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances of unit vectors, (B, D) and (M, D) -> (B, M); the floor keeps the root's gradient finite."""
-    return (2 - 2 * a @ b.T).clamp(min=1e-6).sqrt()
-
-
-def unit(z: Tensor) -> Tensor:
-    return F.normalize(z)
+    """Euclidean distances, (B, D) and (M, D) -> (B, M); the floor keeps the root's gradient finite."""
+    square = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
+    return square.clamp(min=1e-6).sqrt()
 
 
 def layers(d_in: int, hidden: int, d_out: int) -> nn.Sequential:
