@@ -15,7 +15,7 @@ from benchmark.adapt import fit
 from benchmark.audit import audit
 from benchmark.audit.faiss_index import Index
 from benchmark.errors import UserError
-from tests.test_audit import (
+from tests.auditing import (
     G_LABELS,
     G_NEW,
     G_OLD,
@@ -31,19 +31,7 @@ from tests.test_audit import (
     parquet,
     shared,
     unit,
-    write_adapter,
-    write_files,
 )
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    return write_files(tmp_path)
-
-
-@pytest.fixture
-def adapter(files: dict[str, Path], tmp_path: Path) -> Path:
-    return write_adapter(files, tmp_path)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4", "HNSW8"])

@@ -12,7 +12,7 @@ import pytest
 from benchmark.__main__ import main
 from benchmark.audit import Requirements, audit
 from benchmark.errors import UserError
-from tests.test_audit import (
+from tests.auditing import (
     G_LABELS,
     G_NEW,
     G_OLD,
@@ -26,19 +26,7 @@ from tests.test_audit import (
     index_of,
     npy,
     parquet,
-    write_adapter,
-    write_files,
 )
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    return write_files(tmp_path)
-
-
-@pytest.fixture
-def adapter(files: dict[str, Path], tmp_path: Path) -> Path:
-    return write_adapter(files, tmp_path)
 
 
 def changed(array: np.ndarray, row: int, value: float) -> np.ndarray:
