@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from benchmark import compatibility
+from benchmark import catalog, compatibility
 from benchmark.errors import UserError
 from benchmark.files import write_json
 from benchmark.protocol import describe
@@ -80,6 +80,11 @@ class BackfillRecord(Strict):
         write_json(path, self.model_dump(mode="json"))
         return path
 
+    @property
+    def mark(self) -> str:
+        """What tables and charts show behind the method's name."""
+        return catalog.mark(self.method.reference)
+
     def find(self, release: int, stored: list[int]) -> Backfill | None:
         """The backfill of one gallery; None where the method cannot serve it."""
         return next((b for b in self.backfills if b.release == release and b.stored == stored), None)
@@ -119,12 +124,12 @@ def galleries(records: Sequence[BackfillRecord]) -> list[Gallery]:
 
 
 def by_order(records: Sequence[BackfillRecord]) -> Found:
-    """(method, order) -> gallery -> the curve of every seed."""
+    """(method with its mark, order) -> gallery -> the curve of every seed."""
     found: Found = {}
     for record in records:
         for backfill in record.backfills:
             for curve in backfill.curves:
-                row = found.setdefault((record.method.name, curve.order), {})
+                row = found.setdefault((record.method.name + record.mark, curve.order), {})
                 row.setdefault((backfill.release, tuple(backfill.stored)), []).append((backfill, curve))
     return found
 

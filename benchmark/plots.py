@@ -279,6 +279,7 @@ def backfill_table(records: Sequence[BackfillRecord], metric: str) -> Table:
     for (name, order), found in curves.by_order(records).items():
         areas = [[curve.area[metric]["all"] for _, curve in found.get(gallery, ())] for gallery in galleries]
         table.add_row(f"{name}, {order}", *(f"{100 * np.mean(one):.1f}" if one else "–" for one in areas))
+    table.caption = catalog.RECONSTRUCTION if any(one.mark for one in records) else None
     return table
 
 
@@ -311,5 +312,8 @@ def backfill_figure(records: Sequence[BackfillRecord], metric: str) -> Figure:
             axis.grid(alpha=0.3)
     for axis, shown in zip(axes[:, 0], metrics):
         axis.set_ylabel(f"{shown}, %")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    note = catalog.RECONSTRUCTION if any(one.mark for one in records) else None
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=6, fontsize=8, title=note, title_fontsize=8
+    )
     return figure

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import curves, record
+from benchmark import catalog, curves, record
 from benchmark.curves import Backfill, BackfillRecord, Curve, Gallery
 from benchmark.errors import UserError
 
@@ -68,6 +68,8 @@ def markdown(records: Sequence[BackfillRecord], metric: str) -> str:
     parts = [TEXT.format(draws=draws, last=curves.title(last))]
     for shown in dict.fromkeys([metric, "map"]):
         parts += [f"**{shown}**", _table(records, galleries, last, shown)]
+    if any(one.mark for one in records):
+        parts += [catalog.RECONSTRUCTION]
     return "\n\n".join(parts)
 
 

@@ -22,9 +22,10 @@ differ: ranks compare them query by query. ✓ = better than the old system (the
 the lower ends of paired 95 % intervals. AC: share of cross cells above their own old/old, of the mean matrix; AC95: share with
 ✓; AM: mean of the lower triangle. Rank: by AM among rows that store the same bytes, run as many query encoders, and leave the
 gallery untouched or move it alike, whether the new release is made compatible or its queries are mapped; `2=` is shared by rows
-that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %). Maps lead from release to
-release (3→2→1) unless the row's name says direct; LambdaOrthogonality and Merge are always direct. Settings are those of a row's
-paper or its authors' code, and ours where neither says (each method's file says which), or tuned where the name says so.
+that a paired bootstrap test cannot tell from the best of them (Holm over the group's pairs, 5 %), so that a row may share a
+better rank than one of higher AM whose distance to the best is surer. Maps lead from release to release (3→2→1) unless the
+row's name says direct; LambdaOrthogonality and Merge are always direct. Settings are those of a row's paper or its authors'
+code, and ours where neither says (each method's file says which), or tuned where the name says so.
 Update gain: 100 % = as good as the oracle's full backfill; a dash where a step is not above 3 points. New/new drop: against the
 oracle, mean of the new releases. Negative flips: queries right before the update and wrong after it, mean of the cross cells.
 Rows of unequal bytes are not to be compared without their control (BCT-extra for BT2 and OCA). {more}"""
