@@ -251,7 +251,8 @@ def test_bct_on_two_towers_equals_its_formula(root: Path) -> None:
     old_text = method.context.embeddings["old_text"].views[0, "text"][batch.x["caption"]]
     old_image = method.context.embeddings["old_image"].views[0, "image"][batch.index]
     scale, old_scale = (
-        float(network.logit_scale.detach().exp()) for network in (method.backbone, method.context.encoders["old"].network)
+        float(network.logit_scale.detach().exp())
+        for network in (method.backbone, method.context.encoders["old"].network)
     )
     d, terms = old_text.shape[1], method.loss(batch)
     expected = [naive_pair_loss(z[s][:, :d], o, old_scale, ids) for s, o in (("image", old_text), ("text", old_image))]
