@@ -256,7 +256,7 @@ def test_bct_on_two_towers_equals_its_formula(root: Path) -> None:
     )
     d, terms = old_text.shape[1], method.loss(batch)
     expected = [naive_pair_loss(z[s][:, :d], o, old_scale, ids) for s, o in (("image", old_text), ("text", old_image))]
-    assert float(terms["influence"]) == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert terms["influence"].item() == pytest.approx(sum(expected) / 2, abs=1e-4)
     assert float(terms["contrastive"]) == pytest.approx(naive_pair_loss(z["image"], z["text"], scale, ids), abs=1e-4)
 
 

@@ -112,6 +112,15 @@ def test_ties_count_against_us_and_single_query():
     assert got.metrics(ks=(3, 4)) == {"cmc@3": 0.0, "cmc@4": 1.0, "map": 0.4, "queries": 1, "dropped": 0}
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_a_collapsed_model_finds_nothing(similarity):
+    """Equal vectors tie with everything: the first positive stands behind all negatives."""
+    labels = torch.arange(40) % 4
+    found = rank(torch.ones(40, 3), torch.ones(40, 3), labels, labels, similarity=similarity)
+    assert found.metrics()["cmc@1"] == found.metrics()["cmc@5"] == 0
+    assert found.first.tolist() == [31] * 40 and found.ap.tolist() == pytest.approx([0.25] * 40)
+
+
 def test_own_item_is_excluded_across_models_by_id_alone():
     """Two models embed one list; the gallery is stored in another order and one label differs."""
     n = 90
