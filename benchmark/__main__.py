@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import sys
 import warnings
@@ -10,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import Namespace
 
 from benchmark import catalog, doors
 from benchmark import protocol as protocols
+from benchmark.asked import chosen_methods, chosen_seeds, settings
 from benchmark.errors import UserError, unknown
 from benchmark.parser import make_parser
 
@@ -63,35 +62,6 @@ def command_run(args: Namespace) -> None:
     protocol = protocols.load(args.protocol, args.override)
     names = chosen_methods(protocol, args.method)
     run_protocol(get_console(), protocol, names, chosen_seeds(protocol, args.seed), args)
-
-
-def chosen_methods(protocol: protocols.Protocol, asked: Sequence[str]) -> list[str]:
-    """Names, "all" spelled out; a typo dies before the slow imports."""
-    names = [name for item in asked for name in item.split(",")]
-    if "all" in names:
-        two_sided = catalog.load("task", protocol.task).sides
-        rivals = [name for name in catalog.entries("method") if name not in catalog.PARTS]
-        return ["Independent", *catalog.entries("two-sided method")] if two_sided else rivals
-    known = catalog.names("method") + catalog.names("two-sided method")
-    for name in names:
-        if "." not in name and name.lower() not in [one.lower() for one in known]:
-            raise unknown("method", name, known)
-    return names
-
-
-def chosen_seeds(protocol: protocols.Protocol, asked: Sequence[str]) -> list[int]:
-    if asked == ["first"]:
-        return [protocol.seeds[0]]
-    if asked == ["all"]:
-        return list(protocol.seeds)
-    try:
-        seeds = [int(seed) for item in asked for seed in item.split(",")]
-    except ValueError:
-        raise UserError(f"--seed takes numbers or 'all', not '{' '.join(asked)}'") from None
-    for seed in seeds:
-        if seed not in protocol.seeds:
-            raise UserError(f"seed {seed} is not one of {protocol.id}'s: {', '.join(map(str, protocol.seeds))}")
-    return seeds
 
 
 def run_protocol(
@@ -159,22 +129,6 @@ def record_folder(args: Namespace, plan: Plan) -> Path:
     return args.runs / plan.protocol.id / "-".join([name, *marks])
 
 
-def settings(pairs: Sequence[str]) -> dict[str, Any]:
-    values = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise UserError(f"--set takes NAME=VALUE, not '{pair}'")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {key} takes a number, true, false, null, a word or a list, not '{value}'") from None
-        if isinstance(values[key], str):
-            with contextlib.suppress(ValueError):
-                values[key] = float(value)  # YAML 1.1 takes 1e-3 for a word
-    return values
-
-
 def command_backfill(args: Namespace) -> None:
     from rich import get_console
 
@@ -195,7 +149,7 @@ def command_backfill(args: Namespace) -> None:
     if args.tuned and given:
         raise UserError("--tuned takes its hyperparameters from the tuning log; leave out --set")
     with console.status("loading torch and lightning"):
-        from benchmark import backfilling, plots, results
+        from benchmark import backfilling, curve_plots, plots, results
         from benchmark import console as progress
         from benchmark.plan import MethodRun, build
         from benchmark.runner import default_device, execute, open_task
@@ -224,9 +178,9 @@ def command_backfill(args: Namespace) -> None:
         if args.publish:
             results.publish_backfill(record, path)
         records.append(record)
-    console.print(plots.backfill_table(records, protocol.primary_metric))
+    console.print(curve_plots.backfill_table(records, protocol.primary_metric))
     chart = args.png or args.runs / protocol.id / "backfill.png"
-    plots.save(plots.backfill_figure(records, protocol.primary_metric), chart)
+    plots.save(curve_plots.backfill_figure(records, protocol.primary_metric), chart)
     console.print(f"records: {args.runs / protocol.id}; chart: {chart}", soft_wrap=True)
 
 

@@ -9,32 +9,28 @@ import os
 import platform
 import shutil
 import sys
-import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from benchmark import catalog
+from benchmark import catalog, steptime
 from benchmark import protocol as protocols
 from benchmark.errors import UserError
 from benchmark.files import sha256_file
 from benchmark.protocol import LEADERBOARDS, Protocol
 
 if TYPE_CHECKING:
-    from benchmark.plan import Node
     from benchmark.task import Task
 
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}  # uploaded on 2026-04-30, Lightning-AI/pytorch-lightning issue 21691
 ROOM = 2 * 2**30  # bytes of free disk and of memory below which we warn
-SECONDS = 2.0  # of real training steps timed for each release
 SMALL = 64**2  # pixels of an image whose steps are timed on a CPU without being asked for
-PIXELS = 2**18  # of a batch timed on a CPU: a whole one of large images would take minutes, and all memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def report(protocol_names: Sequence[str] | None = None, data: Path | None = None
     """Check everything, in the order of a run: machine, packages, modules, then each protocol (None = all shipped).
 
     No data are downloaded. Takes seconds for the imports, and for each protocol whose data are there the time
-    to read them and about `SECONDS` a release; where a step on a CPU would take longer, only if the protocol is named.
+    to read them and about two seconds a release; where a step on a CPU would take longer, only if the protocol is named.
     """
     checks = [*machine(), *packages(), *modules()]
     usable = ok(checks)
@@ -265,7 +261,7 @@ def protocol(name: str, data: Path | None, usable: bool = True, asked: bool = Tr
     text = f"data found: {images} training images by release, {len(task.items('test', 'query')[0])} queries against "
     text += f"{len(task.items('test', 'gallery')[0])}; fingerprint {task.fingerprint[:12]} ({frozen})"
     yield Check(found.id, "ok", text)
-    if not asked and task.device == "cpu" and _pixels(task) > SMALL:
+    if not asked and task.device == "cpu" and steptime.pixels(task) > SMALL:
         remedy = f"compatbench doctor --protocol {found.id} times it, in minutes"
         yield Check(found.id, "ok", "large images and no GPU: training time not measured", remedy)
         return
@@ -291,11 +287,6 @@ def _frozen(found: Protocol) -> Iterator[Check]:
         yield Check(found.id, "ok", f"{good} of {len(found.frozen)} frozen old releases as in the protocol")
 
 
-def _pixels(task: Task) -> int:
-    image = next(iter(task.item_loader("test", "query"))).x["image"]  # (B, C, H, W)
-    return image[0, 0].numel()
-
-
 def _expected_time(task: Task) -> str:
     """Training time of independent releases from timed steps. What comes out is no more than those steps, multiplied."""
     import torch
@@ -307,7 +298,7 @@ def _expected_time(task: Task) -> str:
     total, parts = 0.0, []
     for t, node in enumerate(nodes):
         if node.kind == "train":
-            per_step, timed, steps, share = time_steps(node, task)
+            per_step, timed, steps, share = steptime.time_steps(node, task, steptime.SECONDS)
             total += per_step * steps
             part = f", on {share:.1%} of a batch" if share < 1 else ""
             parts.append(f"release {t} {_duration(per_step * steps)} ({timed} of {steps} steps timed{part})")
@@ -318,58 +309,6 @@ def _expected_time(task: Task) -> str:
         f"about {_duration(total)} to train a sequence of Independent, one seed, on {where}: {', '.join(parts)}. Methods "
         "that ask an old model take longer; embedding and scoring come on top"
     )
-
-
-def time_steps(node: Node, task: Task, seconds: float = SECONDS) -> tuple[float, int, int, float]:
-    """(seconds a step, steps timed, steps of the whole training, share of a batch timed) of a `train` node.
-
-    By training it for a moment. The first two steps, which set up kernels and memory, are left out where there are more. On a
-    CPU, steps on large images are timed on a part of the batch, and taken to be that much shorter.
-    """
-    import lightning
-    import torch
-
-    from benchmark import training
-    from benchmark.method import Context
-
-    t = node.spec["t"]
-    method = training.build(node, Context(**training.bare_context(node.spec, task)))
-    loader: Any = task.train_loader(t, method.view, node.spec["seed"])
-    steps, whole = len(loader), loader.batch_size
-    if task.device == "cpu":
-        loader.batch_size = min(whole, max(2, PIXELS // _pixels(task)))
-    share = loader.batch_size / whole
-    recipe = method.recipe(task.protocol.releases[t].recipe)
-    marks: list[float] = []  # start, then the end of each step
-
-    class Clock(lightning.Callback):
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            marks.append(time.perf_counter())
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            if task.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
-            trainer.should_stop = len(marks) > 3 and marks[-1] - marks[2] > seconds
-
-    training._quiet()
-    trainer = lightning.Trainer(
-        max_epochs=recipe.epochs,
-        accelerator="gpu" if task.device.startswith("cuda") else "cpu",
-        devices=1,
-        precision=recipe.precision,
-        gradient_clip_val=recipe.clip_norm,
-        callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(method, loader)
-    timed = marks[2:] if len(marks) > 3 else marks
-    return (timed[-1] - timed[0]) / (len(timed) - 1) / share, len(timed) - 1, recipe.epochs * steps, share
 
 
 def _duration(seconds: float) -> str:

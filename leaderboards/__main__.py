@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmark import plots, protocol
+from benchmark import curve_plots, plots, protocol
 from benchmark.errors import UserError
 from benchmark.files import write_bytes
 from leaderboards import backfills, pages, reproduction, tables
@@ -42,7 +42,7 @@ def main() -> int:
             metric = protocol.load(folder).primary_metric
             plots.save(plots.matrices_figure(records, metric), folder / "matrices.png")
             if filled := backfills.read(folder):
-                plots.save(plots.backfill_figure(filled, metric), folder / "backfill.png")
+                plots.save(curve_plots.backfill_figure(filled, metric), folder / "backfill.png")
             print(f"{folder.name}: README.md, table.csv, pictures")
         write_bytes(reproduction.PAGE, reproduction.render(reproduction.load()).encode())
         print(reproduction.PAGE.name)

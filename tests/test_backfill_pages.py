@@ -11,8 +11,8 @@ import pytest
 
 from benchmark import curves, protocol
 from benchmark.errors import UserError
-from benchmark.record import MethodInfo, ProtocolInfo, SuiteInfo
 from leaderboards import backfills
+from tests.records import backfill_record
 
 
 def curve(order: str, level: float) -> curves.Curve:
@@ -41,18 +41,7 @@ def record(seed: int, name: str = "FastFill", board: str = "board@1") -> curves.
         )
         for t, stored in ((1, [0]), (2, [0]), (2, [1]), (2, [0, 1]))
     ]
-    return curves.BackfillRecord(
-        schema_version=curves.SCHEMA_VERSION,
-        protocol=ProtocolInfo(id=board, version="1.0", sha256="x", overrides=[], split="test"),
-        suite=SuiteInfo(version="0", metrics_version=1, commit=None, dirty=None),
-        method=MethodInfo(
-            name=name, reference="", hyperparameters={}, settings="paper", source_sha256="", mode="chain"
-        ),
-        seed=seed,
-        data_fingerprint="",
-        gallery=10,
-        backfills=galleries,
-    )
+    return backfill_record(name, board, seed, galleries, gallery=10)
 
 
 def save(root: Path, *records: curves.BackfillRecord) -> Path:

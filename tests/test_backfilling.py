@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmark import __main__ as cli
-from benchmark import backfilling, curves, plan, plots, protocol, runner
+from benchmark import backfilling, curve_plots, curves, plan, plots, protocol, runner
 from benchmark.embeddings import Link, Stored
 from benchmark.errors import UserError
 from benchmark.mixtures import rank_mixtures
@@ -225,7 +225,7 @@ def test_table_and_chart_show_every_method(made: Any, tmp_path: Path) -> None:
     found = curves.by_order(records)
     assert ("FastFill", "own") in found and len(found["Merge", "random"]) == 4
     assert [curves.title(gallery) for gallery in curves.galleries(records)] == ["1→2", "1→3", "2→3", "1,2→3"]
-    figure = plots.backfill_figure(records, "cmc@1")
+    figure = curve_plots.backfill_figure(records, "cmc@1")
     assert len(figure.axes) == 2 * 4 and len(figure.axes[0].lines) == 3  # cmc@1 and map of each gallery
     ends = [made[name].find(1, [0]).curves[0].metrics["map"][-1] for name in ("FastFill", "Merge", "Ridge")]
     drawn = next(axis.lines for axis in figure.axes if axis.get_ylabel() == "map, %")

@@ -19,7 +19,7 @@ from benchmark import __main__ as cli
 from benchmark import advice, curves, simulator
 from benchmark.errors import UserError
 from benchmark.protocol import LEADERBOARDS
-from benchmark.record import MethodInfo, ProtocolInfo, SuiteInfo
+from tests.records import backfill_record
 
 SHARES = [0, 0.25, 0.5, 0.75, 1]
 STEP = 4 / simulator.STEPS + 1e-9  # hours
@@ -67,18 +67,7 @@ def record(
         "curves": made,
         **changes,
     }
-    return curves.BackfillRecord(
-        schema_version=curves.SCHEMA_VERSION,
-        protocol=ProtocolInfo(id=protocol, version="1.0", sha256="x", overrides=[], split="test"),
-        suite=SuiteInfo(version="0", metrics_version=1, commit=None, dirty=None),
-        method=MethodInfo(
-            name=name, reference="", hyperparameters={}, settings="paper", source_sha256="", mode="chain"
-        ),
-        seed=seed,
-        data_fingerprint="",
-        gallery=4500,
-        backfills=[curves.Backfill(**given)],
-    )
+    return backfill_record(name, protocol, seed, [curves.Backfill(**given)], gallery=4500)
 
 
 def write(folder: Path, *records: curves.BackfillRecord, **changes: Any) -> Path:
