@@ -67,7 +67,9 @@ BILL: Mapping[str, Callable[[Cost, Cost], str]] = {  # column -> of a row's cost
     "multiply-adds/item ingested": lambda one, bound: (
         f"{one.ingest_multiply_adds[-1] / 1e6:.2f} M" if one.ingest_multiply_adds else "–"
     ),
-    "multiply-adds/item moved": lambda one, bound: f"{max(one.gallery_multiply_adds, default=0) / 1e6:.2f} M",
+    "multiply-adds/item moved": lambda one, bound: (
+        f"{max(one.gallery_multiply_adds, default=0):,}" if one.vectors_rewritten else "–"
+    ),
     "items re-embedded": lambda one, bound: f"{one.items_reembedded:,}",
     "vectors rewritten": lambda one, bound: f"{one.vectors_rewritten:,}",
 }
